@@ -1,0 +1,63 @@
+"""Adam with adaptive gradient clipping, and what AdamW shares with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import Adam, adam
+from torch.optim.adamw import adamw
+
+from agc_triton.optim.optimizer import AGCOptimizer
+from agc_triton.reference import Rule, TensorLists
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    beta1, beta2 = group["betas"]
+    options = {key: group[key] for key in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
+    return {**options, "beta1": beta1, "beta2": beta2}
+
+
+def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | None) -> None:
+    functional: Any = adamw if group.get("decoupled_weight_decay") else adam
+    functional(
+        lists.params,
+        lists.grads,
+        *lists.states,
+        lists.steps,
+        foreach=group["foreach"],
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        fused=group["fused"],
+        has_complex=any(p.is_complex() for p in lists.params),
+        **scaler,
+        **_options(group),
+    )
+
+
+def _fused_update(lists: TensorLists, group: Mapping[str, Any]) -> None:
+    torch._foreach_add_(lists.steps, 1)
+    decoupled = group.get("decoupled_weight_decay")
+    kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    kernel(lists.params, lists.grads, *lists.states, lists.steps, **_options(group))
+
+
+ADAM = Rule(_update, _fused_update)
+
+
+def adam_lists(optimizer: Any, group: dict[str, Any]) -> TensorLists:
+    """Parameters with a gradient and their state, created by torch.optim.Adam (AdamW's differs)."""
+    lists: list[list[Tensor]] = [[] for _ in range(6)]
+    Adam._init_group(optimizer, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    return TensorLists(params, grads, tuple(states), steps)
+
+
+class Adam_AGC(AGCOptimizer, Adam):
+    """torch.optim.Adam with adaptive gradient clipping."""
+
+    rule = ADAM
+
+    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+        yield adam_lists(self, group), group

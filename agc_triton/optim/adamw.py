@@ -1,0 +1,22 @@
+"""AdamW with adaptive gradient clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.optim.adamw import AdamW
+
+from agc_triton.optim.adam import ADAM, adam_lists
+from agc_triton.optim.optimizer import AGCOptimizer
+from agc_triton.reference import TensorLists
+
+
+class AdamW_AGC(AGCOptimizer, AdamW):
+    """torch.optim.AdamW with adaptive gradient clipping."""
+
+    rule = ADAM
+
+    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+        # torch 2.6 keeps no such key in AdamW's groups.
+        yield adam_lists(self, group), {**group, "decoupled_weight_decay": True}

@@ -1,0 +1,166 @@
+"""What all AGC optimizers share: options, checks, state_dict compatibility and the one step()."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from agc_triton import dispatch, reference
+from agc_triton.reference import Clip, Rule, TensorLists
+from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, tensor_name
+
+CLIPPING = 1e-2
+AGC_EPS = 1e-3
+
+
+AGC_DOC = """
+    Each unit's gradient norm is held to ``clipping * max(||w||, agc_eps)`` (Brock et al. 2021,
+    arXiv 2102.06171, equation 3) before any weight decay is added; ``.grad`` itself is not changed.
+    All other arguments, groups, state and checkpoints are those of the torch.optim class.
+
+    Args:
+        params: as in torch.optim; groups may set ``clipping``, ``agc_eps`` and ``unit_dim``.
+        clipping: limit as a fraction of the unit's weight norm; 0 or None for no clipping at all.
+        agc_eps: the least weight norm assumed, so that zero-initialized units can train.
+        unit_dim: dimension that indexes units; None for 0, as Linear, Conv and Embedding need.
+            Tensors of squeezed rank <= 1 are one unit whatever it says.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: torch.optim's own checks, or an AGC option out of range.
+        TypeError: an AGC option of the wrong type, or an FSDP1 flat parameter.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+
+
+class AGCOptimizer(Optimizer):
+    """Adaptive gradient clipping in front of a torch.optim class; listed before it in the bases.
+
+    A subclass names its `rule` and says in `_batches` how torch collects what it updates.
+    """
+
+    rule: ClassVar[Rule]
+
+    def __init_subclass__(cls) -> None:
+        """Show torch's arguments and ours in help() and inspect.signature()."""
+        super().__init_subclass__()
+        ours = inspect.signature(AGCOptimizer.__init__).parameters.values()
+        _, *theirs = inspect.signature(super().__init__).parameters.values()
+        merged = [*theirs, *(p for p in ours if p.kind is p.KEYWORD_ONLY)]
+        cls.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]  # inspect's own
+        cls.__doc__ = f"{cls.__doc__}\n{AGC_DOC}"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *args: Any,
+        clipping: float | None = CLIPPING,
+        agc_eps: float = AGC_EPS,
+        unit_dim: int | None = None,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        dispatch.check_backend(backend)
+        self.backend = backend
+        self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
+        torch_init: Any = super().__init__
+        torch_init(params, *args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; it may set ``clipping``, ``agc_eps`` and ``unit_dim``.
+
+        Raises:
+            ValueError, TypeError: as the constructor; the optimizer is then unchanged.
+        """
+        # torch.optim builds ``defaults`` itself and calls this from its constructor.
+        for key, value in self._agc_defaults.items():
+            self.defaults.setdefault(key, value)
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], len(self.param_groups) - 1)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep: torch's three entries and the backend."""
+        kept = {"backend": self.backend, "_agc_defaults": self._agc_defaults}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state; groups saved by torch.optim keep this optimizer's AGC options."""
+        before = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        for index, group in enumerate(self.param_groups):
+            options = before[index] if index < len(before) else self.defaults
+            for key in AGC_OPTIONS:
+                group.setdefault(key, options[key])
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.optim's own methods
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
+        """Clip and update once.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once.
+
+        Raises:
+            RuntimeError: a sparse gradient, or one whose dtype, device or shape is not its
+                parameter's; nothing has been changed then.
+        """
+        if "capturable" in self.defaults:
+            self._graph_capture_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._step_groups()
+        return loss
+
+    def _step_groups(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        # Costs a host sync on CUDA, as GradScaler itself does for optimizers it cannot fuse with.
+        if found_inf is not None and found_inf.item():
+            return
+        for index, group in enumerate(self.param_groups):
+            self._check_step(group, index)
+        scale = getattr(self, "grad_scale", None)
+        for group in self.param_groups:
+            dispatch.choose(self.backend, group["params"])
+            for lists, options in self._batches(group):
+                if group["clipping"]:
+                    clip = Clip(*(group[key] for key in AGC_OPTIONS))
+                    reference.step(self.rule, lists, options, clip, scale)
+                else:
+                    self.rule.update(lists, options, grad_scale=scale, found_inf=found_inf)
+
+    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+        """What has a gradient, with its state (created by torch's `_init_group`) and options."""
+        raise NotImplementedError
+
+    def _check_step(self, group: dict[str, Any], index: int) -> None:
+        check_group(group, index)
+        if not group["clipping"]:
+            return
+        for i, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients, as of"
+                    f" {tensor_name(group, index, i)}; wrap an optimizer that does"
+                    " (agc_triton.AGC(torch.optim.SparseAdam(...))), or set clipping=0"
+                )
+            check_grad(param, grad, tensor_name(group, index, i))
+
+    def _graph_capture_check(self) -> None:
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        if check is None:  # torch < 2.10
+            check = self._cuda_graph_capture_health_check
+        check()

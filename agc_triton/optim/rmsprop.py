@@ -1,0 +1,41 @@
+"""RMSprop with adaptive gradient clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim.rmsprop import RMSprop, rmsprop
+
+from agc_triton.optim.optimizer import AGCOptimizer
+from agc_triton.reference import Rule, TensorLists
+
+_FLAGS = ("foreach", "maximize", "differentiable", "capturable")
+_OPTIONS = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
+
+
+def _update(lists: TensorLists, group: Mapping[str, Any], **_scaler: Tensor | None) -> None:
+    functional: Any = rmsprop
+    functional(
+        lists.params,
+        lists.grads,
+        *lists.states,
+        lists.steps,
+        has_complex=any(p.is_complex() for p in lists.params),
+        **{key: group[key] for key in (*_FLAGS, *_OPTIONS)},
+    )
+
+
+class RMSprop_AGC(AGCOptimizer, RMSprop):
+    """torch.optim.RMSprop with adaptive gradient clipping."""
+
+    rule = Rule(_update, None)
+
+    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+        params, grads, square_avgs, buffers, grad_avgs, steps = lists = [
+            list[Tensor]() for _ in range(6)
+        ]
+        create_state: Any = self._init_group
+        create_state(group, *lists)
+        yield TensorLists(params, grads, (square_avgs, grad_avgs, buffers), steps), group

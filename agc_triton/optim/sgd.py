@@ -1,0 +1,71 @@
+"""SGD with adaptive gradient clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import SGD, sgd
+
+from agc_triton.optim.optimizer import AGCOptimizer
+from agc_triton.reference import Rule, TensorLists
+
+_OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+
+
+def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | None) -> None:
+    first = group.get("is_first_step", False)
+    (buffers,) = lists.states
+    given: list[Any] = [None] * len(buffers) if first else buffers
+    functional: Any = sgd
+    functional(
+        lists.params,
+        lists.grads,
+        given,
+        has_sparse_grad=any(g.is_sparse for g in lists.grads),
+        foreach=group["foreach"],
+        fused=group["fused"],
+        **scaler,
+        **{key: group[key] for key in _OPTIONS},
+    )
+    if first:
+        for buffer, started in zip(buffers, given, strict=True):
+            buffer.copy_(started)
+
+
+def _fused_update(lists: TensorLists, group: Mapping[str, Any]) -> None:
+    torch._fused_sgd_(
+        lists.params,
+        lists.grads,
+        lists.states[0],
+        is_first_step=group["is_first_step"],
+        **{key: group[key] for key in _OPTIONS},
+    )
+
+
+class SGD_AGC(AGCOptimizer, SGD):
+    """torch.optim.SGD with adaptive gradient clipping."""
+
+    rule = Rule(_update, _fused_update)
+
+    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Any] = []
+        create_state: Any = self._init_group
+        create_state(group, params, grads, buffers)
+        lists = TensorLists(params, grads, (buffers,), [])
+        if not group["clipping"]:
+            yield lists, group
+            for param, buffer in zip(params, buffers, strict=bool(buffers)):
+                self.state[param]["momentum_buffer"] = buffer
+            return
+        # torch.optim.SGD starts a momentum buffer as its first gradient, without dampening.
+        first = [i for i, buffer in enumerate(buffers) if buffer is None]
+        for i in first:
+            buffers[i] = self.state[params[i]]["momentum_buffer"] = torch.zeros_like(params[i])
+        later = [i for i in range(len(params)) if i not in set(first)]
+        yield lists.select(first), {**group, "is_first_step": True}
+        yield lists.select(later), {**group, "is_first_step": False}

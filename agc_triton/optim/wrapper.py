@@ -1,0 +1,144 @@
+"""AGC around any torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from agc_triton.clipping import clip_grads_
+from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer
+from agc_triton.reference import Clip
+from agc_triton.validation import AGC_OPTIONS, check_group, tensor_name
+
+
+class AGC(Optimizer):
+    """Clips ``.grad`` unit by unit, in place, before every update of another optimizer.
+
+    ``param_groups``, ``state``, ``defaults``, hooks and checkpoints are the base's own, so
+    schedulers, GradScaler and `state_dict` work on either. The settings below are written into the
+    base's groups where a group does not have its own. Row-sparse gradients of rank-2 parameters are
+    clipped by row where the base takes sparse gradients.
+
+    Args:
+        optimizer: any optimizer but one that already clips (an AGC class).
+        clipping, agc_eps, unit_dim: as in `agc_triton.AdamW_AGC`.
+
+    Raises:
+        TypeError: ``optimizer`` is not an Optimizer, or already clips.
+        ValueError: an option out of range.
+    """
+
+    # GradScaler unscales by itself: the base must not see scaled gradients after they were clipped.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        clipping: float | None = CLIPPING,
+        agc_eps: float = AGC_EPS,
+        unit_dim: int | None = None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"AGC wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        if isinstance(optimizer, (AGC, AGCOptimizer)):
+            raise TypeError(f"{type(optimizer).__name__} already clips; use it as it is")
+        options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
+        for index, group in enumerate(optimizer.param_groups):
+            check_group({**options, **group}, index)
+        self.optimizer = optimizer
+        optimizer.defaults.update(options)
+        self._fill_groups([optimizer.defaults] * len(optimizer.param_groups))
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
+        """Clip, then step the base; with a closure, clip after each of the base's evaluations.
+
+        Raises:
+            RuntimeError: a gradient that cannot be clipped; nothing has been changed then.
+        """
+        if closure is None:
+            self._clip()
+            return self.optimizer.step()
+
+        def clipped_closure() -> float:
+            loss = closure()
+            self._clip()
+            return loss
+
+        return self.optimizer.step(clipped_closure)
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            check_group(group, index)
+        for index, group in enumerate(self.param_groups):
+            if group["clipping"]:
+                clip = Clip(*(group[key] for key in AGC_OPTIONS))
+                clip_grads_(group["params"], clip, "auto", partial(tensor_name, group, index))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base.
+
+        Raises:
+            ValueError, TypeError: as the constructor; the base is then unchanged.
+        """
+        self.optimizer.add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], len(self.param_groups) - 1)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's zero_grad."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state_dict, with the AGC options in its groups."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the base; groups saved without AGC options keep the present ones."""
+        before = self.param_groups
+        self.optimizer.load_state_dict(state_dict)
+        self._fill_groups(before)
+
+    def _fill_groups(self, sources: Sequence[Mapping[str, Any]]) -> None:
+        for group, source in zip(self.param_groups, sources, strict=True):
+            for key in AGC_OPTIONS:
+                group.setdefault(key, source[key])
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute there
+        """The base's parameter groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]  # an attribute there
+        """The base's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute there
+        """The base's defaults."""
+        return self.optimizer.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else, hooks among it, is the base's."""
+        if name == "optimizer":  # not there yet while unpickling
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The base optimizer holds everything."""
+        return {"optimizer": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the base optimizer."""
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        return f"AGC({self.optimizer!r})"

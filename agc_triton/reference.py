@@ -1,0 +1,270 @@
+"""The torch path: unit norms, clipping, and torch's own update on slices that stay in cache.
+
+It is the fallback where Triton cannot run and the oracle that kernels are compared with. No update
+rule is written here: an `Update` calls the functions that torch.optim itself calls.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from agc_triton.units import UnitLayout, memory_order, norm_dims, unit_layout
+
+# Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
+# the ~10 torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
+BLOCK = 1 << 19
+
+# One-unit tensors up to this many elements (biases, gains) go through in one foreach batch.
+SMALL = 1 << 14
+
+# What a block boundary is rounded to, so that vectorized torch kernels meet no odd tails inside.
+ROW_MULTIPLE = 16
+
+
+class TensorLists(NamedTuple):
+    """What one call of a torch.optim functional updates, one entry per parameter.
+
+    ``states`` holds one list per state role in the order of torch's functional; the list of a role
+    that is switched off is empty, and so is ``steps`` for an optimizer that counts none.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: tuple[list[Tensor], ...]
+    steps: list[Tensor]
+
+    def select(self, indices: list[int]) -> TensorLists:
+        """The entries at these indices."""
+
+        def pick(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensors[i] for i in indices] if tensors else []
+
+        states = tuple(pick(state) for state in self.states)
+        return TensorLists(pick(self.params), pick(self.grads), states, pick(self.steps))
+
+
+class Rule(NamedTuple):
+    """One torch.optim update rule; both forms count every tensor of ``lists.steps`` up by one.
+
+    ``update(lists, group, **scaler)`` is torch's functional form: it heeds the group's foreach and
+    fused, and ``scaler`` (grad_scale, found_inf) where torch takes it. ``fused_update(lists,
+    group)`` is torch's fused kernel for tensors of one CPU dtype, or None where torch has none.
+    """
+
+    update: Callable[..., None]
+    fused_update: Callable[[TensorLists, Mapping[str, Any]], None] | None
+
+
+class Clip(NamedTuple):
+    """The AGC settings of one parameter group: limit = clipping * max(||w||, agc_eps)."""
+
+    clipping: float
+    agc_eps: float
+    unit_dim: int | None = None
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 and complex128, fp32 for everything narrower."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def unit_norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """L2 norms over ``dims``, kept as size 1, accumulated in `norm_dtype`."""
+    if not dims:
+        return tensor.abs().to(norm_dtype(tensor.dtype))
+    dtype = None if tensor.is_complex() else norm_dtype(tensor.dtype)
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=dtype)
+    return norms
+
+
+def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
+    """What each unit's gradient is multiplied with: 1 up to the limit, limit / ||g|| above it.
+
+    Source: Brock et al. 2021 (arXiv 2102.06171), equation 3; 1e-6 as in the authors' code.
+    """
+    limit = p_norm.clamp(min=clip.agc_eps).mul(clip.clipping)
+    return torch.where(g_norm > limit, limit / g_norm.clamp(min=1e-6), 1.0)
+
+
+def step(
+    rule: Rule,
+    lists: TensorLists,
+    group: Mapping[str, Any],
+    clip: Clip,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Clip and update one parameter group; ``lists.grads`` are only read.
+
+    ``grad_scale`` (0-dim or one element) divides the gradients first, as torch.amp.GradScaler asks.
+    """
+    update = _block_update(rule, group)
+    in_blocks, batched, whole = _partition(lists, group, clip)
+    scratch: dict[torch.dtype, Tensor] = {}
+    for i, order, layout in in_blocks:
+        _step_blocks(update, lists.select([i]), group, clip, order, layout, scratch, grad_scale)
+    for indices in batched:
+        _step_batch(update, lists.select(indices), group, clip, grad_scale)
+    if whole:
+        _step_whole(rule.update, lists.select(whole), group, clip, grad_scale)
+
+
+def clip_grad_(param: Tensor, grad: Tensor, clip: Clip) -> None:
+    """Scale a dense ``grad`` in place; a unit at or under its limit keeps its bits."""
+    order = memory_order(param) if _blockable(param, grad) else None
+    if order is None or memory_order(grad) != order:
+        grad.mul_(_tensor_factors(param, grad, clip))
+        return
+    layout = unit_layout(param.shape, order, clip.unit_dim)
+    p, g = _memory_view(param, order, layout), _memory_view(grad, order, layout)
+    for index, factors in _walk(p, g, clip, None):
+        g[index].mul_(factors)
+
+
+def _block_update(rule: Rule, group: Mapping[str, Any]) -> Callable[..., None]:
+    """torch's fused kernels where the user left the choice open, else what was asked for."""
+    fused = group.get("fused")
+    if fused is None and group.get("foreach") is None and not group.get("capturable"):
+        fused = True
+    return rule.fused_update if fused and rule.fused_update else rule.update
+
+
+def _blockable(*tensors: Tensor) -> bool:
+    """Whether plain CPU memory can be walked: no subclass, no device queue, something in it."""
+    return all(
+        t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) and t.numel() > 0
+        for t in tensors
+    )
+
+
+def _partition(
+    lists: TensorLists, group: Mapping[str, Any], clip: Clip
+) -> tuple[list[tuple[int, tuple[int, ...], UnitLayout]], list[list[int]], list[int]]:
+    """Which parameters go in blocks, in one foreach batch per dtype, or whole."""
+    in_blocks: list[tuple[int, tuple[int, ...], UnitLayout]] = []
+    batched: defaultdict[torch.dtype, list[int]] = defaultdict(list)
+    whole: list[int] = []
+    walk = not group.get("foreach") and not group.get("differentiable")
+    for i, param in enumerate(lists.params):
+        states = [state[i] for state in lists.states if state]
+        order = memory_order(param) if walk and _blockable(param, *states) else None
+        # A state loaded with other strides than its parameter's cannot be walked in step with it.
+        if order is None or any(memory_order(state) != order for state in states):
+            whole.append(i)
+            continue
+        layout = unit_layout(param.shape, order, clip.unit_dim)
+        if layout.units == 1 and layout.length <= SMALL and param.dtype == norm_dtype(param.dtype):
+            batched[param.dtype].append(i)
+        else:
+            in_blocks.append((i, order, layout))
+    return in_blocks, list(batched.values()), whole
+
+
+def _memory_view(tensor: Tensor, order: tuple[int, ...], layout: UnitLayout) -> Tensor:
+    """The tensor as real numbers in memory order, (outer, units, inner); a view where it can be."""
+    tensor = tensor.permute(order)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.reshape(layout.outer, layout.units, -1)
+
+
+def _walk(
+    p: Tensor, g: Tensor, clip: Clip, grad_scale: Tensor | None
+) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """Blocks contiguous in memory, as an index into (outer, units, inner), and their factors."""
+    outer, units, inner = p.shape
+    if outer > 1:
+        factors = _block_factors(p, g, clip, grad_scale)
+        count = max(1, BLOCK // (units * inner))
+        for o in range(0, outer, count):
+            yield (slice(o, o + count),), factors
+        return
+    rows = max(1, BLOCK // inner)
+    rows -= rows % ROW_MULTIPLE if rows > ROW_MULTIPLE else 0
+    for u in range(0, units, rows):
+        at = (slice(None), slice(u, u + rows))
+        factors = _block_factors(p[at], g[at], clip, grad_scale)
+        for i in range(0, inner, BLOCK):
+            yield (*at, slice(i, i + BLOCK)), factors
+
+
+def _block_factors(p: Tensor, g: Tensor, clip: Clip, grad_scale: Tensor | None) -> Tensor:
+    """Factors of the units of a (outer, units, inner) block, shaped (1, units, 1)."""
+    p_norm, g_norm = unit_norms(p, (0, 2)), unit_norms(g, (0, 2))
+    if grad_scale is None:
+        return clip_factors(p_norm, g_norm, clip)
+    return clip_factors(p_norm, g_norm / grad_scale, clip) / grad_scale
+
+
+def _step_blocks(
+    update: Callable[..., None],
+    lists: TensorLists,
+    group: Mapping[str, Any],
+    clip: Clip,
+    order: tuple[int, ...],
+    layout: UnitLayout,
+    scratch: dict[torch.dtype, Tensor],
+    grad_scale: Tensor | None,
+) -> None:
+    """One parameter, block after block: norms, scaled gradient into scratch, torch's update."""
+    p, g = (_memory_view(t, order, layout) for t in (lists.params[0], lists.grads[0]))
+    states = [[_memory_view(t, order, layout) for t in state] for state in lists.states]
+    counted = lists.steps
+    for index, factors in _walk(p, g, clip, grad_scale):
+        block = p[index]
+        out = scratch.get(p.dtype)
+        if out is None or out.numel() < block.numel():
+            out = scratch[p.dtype] = torch.empty(block.numel(), dtype=p.dtype)
+        out = out[: block.numel()].view(block.shape)
+        torch.mul(g[index], factors, out=out)
+        # Every block starts from the same count, so that the parameter is counted up once.
+        counted = [t.clone() for t in lists.steps]
+        parts = tuple([t[index] for t in state] for state in states)
+        update(TensorLists([block], [out], parts, counted), group)
+    for t, count in zip(lists.steps, counted, strict=True):
+        t.copy_(count)
+
+
+def _step_batch(
+    update: Callable[..., None],
+    lists: TensorLists,
+    group: Mapping[str, Any],
+    clip: Clip,
+    grad_scale: Tensor | None,
+) -> None:
+    """Many small tensors of one real dtype, each a single unit, with one call per operation."""
+    p_norms = torch.stack(torch._foreach_norm(lists.params))
+    g_norms = torch.stack(torch._foreach_norm(lists.grads))
+    if grad_scale is None:
+        factors = clip_factors(p_norms, g_norms, clip)
+    else:
+        factors = clip_factors(p_norms, g_norms / grad_scale, clip) / grad_scale
+    # A clone keeps the parameter's memory order, which is how fused kernels walk the gradient.
+    grads = [torch.empty_like(p).copy_(g) for p, g in zip(lists.params, lists.grads, strict=True)]
+    torch._foreach_mul_(grads, factors.unbind())
+    update(lists._replace(grads=grads), group)
+
+
+def _step_whole(
+    update: Callable[..., None],
+    lists: TensorLists,
+    group: Mapping[str, Any],
+    clip: Clip,
+    grad_scale: Tensor | None,
+) -> None:
+    """Any device, strides or subclass, differentiable too: clipped copies, torch's update."""
+    grads = []
+    for param, grad in zip(lists.params, lists.grads, strict=True):
+        grad = grad if grad_scale is None else grad / grad_scale.to(grad.device)
+        grads.append((grad * _tensor_factors(param, grad, clip)).to(grad.dtype))
+    update(lists._replace(grads=grads), group)
+
+
+def _tensor_factors(param: Tensor, grad: Tensor, clip: Clip) -> Tensor:
+    """Factors that broadcast against ``grad``, from any strides."""
+    dims = norm_dims(param.shape, clip.unit_dim)
+    return clip_factors(unit_norms(param, dims), unit_norms(grad, dims), clip)

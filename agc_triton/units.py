@@ -1,0 +1,81 @@
+"""What a unit is: shape, strides and unit_dim -> number, length and stride of the units."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class UnitLayout(NamedTuple):
+    """A dense tensor's elements in memory order, seen as (outer, units, inner).
+
+    Element ``(o, u, i)`` lies ``(o * units + u) * inner + i`` elements from the start and belongs
+    to unit ``u``. ``outer == 1`` is the common case: every unit is one contiguous row.
+    """
+
+    outer: int
+    units: int
+    inner: int
+
+    @property
+    def length(self) -> int:
+        """Elements in one unit."""
+        return self.outer * self.inner
+
+
+def resolve_unit_dim(shape: torch.Size, unit_dim: int | None) -> int | None:
+    """The dimension that indexes units, or None where the whole tensor is one unit.
+
+    Tensors of squeezed rank <= 1 (scalars, biases, gains shaped (C, 1, 1, 1)) are one unit, as in
+    the authors' JAX code (Brock et al. 2021, arXiv 2102.06171) and optax. ``unit_dim`` None is 0.
+
+    Raises:
+        ValueError: ``unit_dim`` is out of range for ``shape``.
+    """
+    if sum(size != 1 for size in shape) <= 1:
+        return None
+    dim = 0 if unit_dim is None else unit_dim
+    if not -len(shape) <= dim < len(shape):
+        raise ValueError(f"unit_dim {dim} is out of range for shape {tuple(shape)}")
+    return dim % len(shape)
+
+
+def norm_dims(shape: torch.Size, unit_dim: int | None) -> tuple[int, ...]:
+    """The dimensions that a unit's norm is taken over.
+
+    Raises:
+        ValueError: ``unit_dim`` is out of range for ``shape``.
+    """
+    dim = resolve_unit_dim(shape, unit_dim)
+    return tuple(d for d in range(len(shape)) if d != dim)
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Dimensions from slowest to fastest in memory, or None if the tensor is not dense.
+
+    Dense means non-overlapping and without holes: contiguous, channels_last or any permutation.
+    """
+    if tensor.is_contiguous():
+        return tuple(range(tensor.dim()))
+    order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def unit_layout(shape: torch.Size, order: tuple[int, ...], unit_dim: int | None) -> UnitLayout:
+    """How the units of a dense tensor of this shape and memory order lie in memory.
+
+    Raises:
+        ValueError: ``unit_dim`` is out of range for ``shape``.
+    """
+    dim = resolve_unit_dim(shape, unit_dim)
+    if dim is None:
+        return UnitLayout(1, 1, math.prod(shape))
+    at = order.index(dim)
+    return UnitLayout(
+        outer=math.prod(shape[d] for d in order[:at]),
+        units=shape[dim],
+        inner=math.prod(shape[d] for d in order[at + 1 :]),
+    )

@@ -1,0 +1,95 @@
+"""Checks before anything is changed; messages name the group or tensor, value and remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agc_triton.units import resolve_unit_dim
+
+AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
+
+
+def check_options(options: Mapping[str, Any], where: str) -> None:
+    """Check ``clipping``, ``agc_eps`` and ``unit_dim``; ``where`` ends the message.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+    clipping, agc_eps, unit_dim = (options[key] for key in AGC_OPTIONS)
+    if clipping is not None and not _is_real(clipping):
+        raise TypeError(f"clipping must be a float or None, not {type(clipping).__name__}{where}")
+    if clipping is not None and not clipping >= 0.0:
+        raise ValueError(
+            f"Invalid clipping value: {clipping}{where}; it must be >= 0 (0 or None: no clipping)"
+        )
+    if not _is_real(agc_eps):
+        raise TypeError(f"agc_eps must be a float, not {type(agc_eps).__name__}{where}")
+    if not 0.0 <= agc_eps < math.inf:
+        raise ValueError(f"Invalid agc_eps value: {agc_eps}{where}; it must be finite and >= 0")
+    if unit_dim is not None and (isinstance(unit_dim, bool) or not isinstance(unit_dim, int)):
+        raise TypeError(f"unit_dim must be an int or None, not {type(unit_dim).__name__}{where}")
+
+
+def check_group(group: Mapping[str, Any], index: int) -> None:
+    """Check one parameter group's AGC options and whether its parameters have units at all.
+
+    Raises:
+        TypeError: an option of the wrong type, or an FSDP1 flat parameter.
+        ValueError: an option out of range.
+    """
+    check_options(group, f" in parameter group {index}")
+    if not group["clipping"]:
+        return
+    for i, param in enumerate(group["params"]):
+        check_param(param, group["unit_dim"], tensor_name(group, index, i))
+
+
+def check_param(param: Tensor, unit_dim: int | None, name: str) -> None:
+    """Check that a parameter has units.
+
+    Raises:
+        TypeError: an FSDP1 flat parameter.
+        ValueError: ``unit_dim`` is out of range.
+    """
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{name} is flattened by FullyShardedDataParallel (FSDP1), which leaves no units to"
+            " clip; use torch.distributed.fsdp.fully_shard (FSDP2) or clipping=0"
+        )
+    try:
+        resolve_unit_dim(param.shape, unit_dim)
+    except ValueError as error:
+        raise ValueError(f"{error}: {name}") from None
+
+
+def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
+    """Check that a dense gradient can be clipped against its parameter.
+
+    Raises:
+        RuntimeError: dtype, device or shape differ.
+    """
+    for what in ("dtype", "device", "shape"):
+        ours, theirs = getattr(param, what), getattr(grad, what)
+        if ours != theirs:
+            raise RuntimeError(
+                f"the gradient's {what} ({theirs}) differs from the parameter's ({ours}) for"
+                f" {name}; make them equal before step()"
+            )
+
+
+def tensor_name(group: Mapping[str, Any], group_index: int, i: int) -> str:
+    """How messages call the i-th parameter of a group: ``parameter 3 ('fc.weight') of ...``."""
+    names = group.get("param_names")
+    name = f" ({names[i]!r})" if names else ""
+    return f"parameter {i}{name} of group {group_index}, shape {tuple(group['params'][i].shape)}"
+
+
+def _is_real(value: object) -> bool:
+    """Whether it is a plain number: bool and Tensor (a host sync on each step) are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, (bool, torch.Tensor))
