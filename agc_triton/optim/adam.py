@@ -50,7 +50,9 @@ ADAM = Rule(_update, _fused_update)
 def adam_lists(optimizer: Any, group: dict[str, Any]) -> TensorLists:
     """Parameters with a gradient and their state, created by torch.optim.Adam (AdamW's differs)."""
     lists: list[list[Tensor]] = [[] for _ in range(6)]
-    Adam._init_group(optimizer, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    create_state: Any = Adam._init_group
+    create_state(optimizer, group, *lists)
+    params, grads, *states, steps = lists
     return TensorLists(params, grads, tuple(states), steps)
 
 
