@@ -1,0 +1,168 @@
+"""param_groups: which parameters of a model are clipped and decayed, and their unit_dim."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from agc_triton.head import find_head
+from agc_triton.units import resolve_unit_dim
+
+Exclusion = str | type[nn.Module] | Callable[[str, Tensor], bool]
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A parameter, every name it has, and for the first of them its layer and all modules around.
+
+    ``paths`` are the names and those of all modules around them: what patterns are matched with.
+    """
+
+    param: nn.Parameter
+    names: list[str]
+    layer: nn.Module
+    around: list[nn.Module]
+
+    @property
+    def paths(self) -> list[str]:
+        return [name.rsplit(".", n)[0] for name in self.names for n in range(name.count(".") + 1)]
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    clipping: float | None = None,
+    agc_eps: float | None = None,
+    weight_decay: float | None = None,
+    exclude: Exclusion | Iterable[Exclusion] = (),
+    exclude_head: bool = True,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model, ready for any optimizer of this package or `AGC` around another.
+
+    ``unit_dim`` follows the layer type (1 for ConvTransposeNd, which stores (in, out/groups, ...);
+    0 where it is depthwise and for all other layers). Biases, gains, scalars and normalization
+    layers are not decayed. Shared parameters appear once, frozen ones not at all.
+
+    Args:
+        model: any module; its parameters must be initialized.
+        clipping, agc_eps, weight_decay: for the groups they apply to; None leaves them to the
+            optimizer's own arguments.
+        exclude: what is not clipped, one or several of: a pattern (fnmatch) for names of parameters
+            or modules, a module type, or a callable ``(name, parameter) -> bool``.
+        exclude_head: leave the classifier head unclipped, as Brock et al. 2021 (arXiv 2102.06171,
+            section 4.1) do. The head is ``model.get_classifier()`` if there is one, else the last
+            Linear that runs on ``example_inputs``, else a layer with a usual name (fc, head,
+            classifier, ...), else the last Linear that torch.fx sees.
+        example_inputs: what ``model(*example_inputs)`` takes, to find the head by running it.
+
+    Returns:
+        Groups with ``params``, ``param_names``, ``unit_dim`` and the options that differ.
+
+    Raises:
+        ValueError: an exclusion that matches nothing, a head that cannot be told, an uninitialized
+            parameter, or nothing to train.
+    """
+    entries = _entries(model)
+    unclipped = _excluded(entries, _as_list(exclude))
+    if exclude_head:
+        unclipped |= {
+            id(p) for module in find_head(model, example_inputs) for p in module.parameters()
+        }
+    given = {"clipping": clipping, "agc_eps": agc_eps, "weight_decay": weight_decay}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in entries:
+        options = {key: value for key, value in given.items() if value is not None}
+        options["unit_dim"] = _unit_dim(entry)
+        if id(entry.param) in unclipped:
+            options["clipping"] = 0.0
+        if not _decays(entry):
+            options["weight_decay"] = 0.0
+        key = tuple(sorted(options.items()))
+        group = groups.setdefault(key, {"params": [], "param_names": [], **options})
+        group["params"].append(entry.param)
+        group["param_names"].append(entry.names[0])
+    return list(groups.values())
+
+
+def _entries(model: nn.Module) -> list[_Entry]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    entries: dict[int, _Entry] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if not param.requires_grad:
+            continue
+        if is_lazy(param):
+            raise ValueError(f"{name!r} is uninitialized; run the model once before param_groups()")
+        if id(param) in entries:
+            entries[id(param)].names.append(name)
+            continue
+        path = name.rpartition(".")[0]
+        # A parametrized tensor lies at LAYER.parametrizations.TENSOR.original.
+        layer = modules[path.partition(".parametrizations.")[0]]
+        parts = path.split(".") if path else []
+        around = [modules[".".join(parts[:n])] for n in range(len(parts) + 1)]
+        entries[id(param)] = _Entry(param, [name], layer, around)
+    if not entries:
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
+    return list(entries.values())
+
+
+def _unit_dim(entry: _Entry) -> int | None:
+    """By layer type; None for the default."""
+    layer, shape = entry.layer, entry.param.shape
+    if resolve_unit_dim(shape, None) is None or not isinstance(layer, _ConvTransposeNd):
+        return None
+    return None if layer.groups == layer.in_channels == layer.out_channels else 1
+
+
+def _decays(entry: _Entry) -> bool:
+    is_bias = any("bias" in part for part in entry.names[0].split(".")[-3:])
+    is_gain = resolve_unit_dim(entry.param.shape, None) is None
+    return not (is_bias or is_gain or isinstance(entry.layer, _NORMS))
+
+
+def _as_list(exclude: Exclusion | Iterable[Exclusion]) -> list[Exclusion]:
+    if isinstance(exclude, (str, type)) or callable(exclude):
+        return [exclude]
+    return list(exclude)
+
+
+def _excluded(entries: list[_Entry], exclude: list[Exclusion]) -> set[int]:
+    """Ids of the parameters that the exclusions name."""
+    excluded: set[int] = set()
+    for exclusion in exclude:
+        found = {id(entry.param) for entry in entries if _matches(entry, exclusion)}
+        if not found and isinstance(exclusion, (str, type)):
+            raise ValueError(_no_match(entries, exclusion))
+        excluded |= found
+    return excluded
+
+
+def _matches(entry: _Entry, exclusion: Exclusion) -> bool:
+    if isinstance(exclusion, str):
+        return any(fnmatch.fnmatchcase(path, exclusion) for path in entry.paths)
+    if isinstance(exclusion, type):
+        return any(isinstance(module, exclusion) for module in entry.around)
+    return bool(exclusion(entry.names[0], entry.param))
+
+
+def _no_match(entries: list[_Entry], exclusion: str | type) -> str:
+    if isinstance(exclusion, type):
+        types = sorted({type(m).__name__ for entry in entries for m in entry.around})
+        return (
+            f"exclude={exclusion.__name__} matches no module with trainable parameters;"
+            f" there are: {', '.join(types)}"
+        )
+    paths = list(dict.fromkeys(path for entry in entries for path in entry.paths))
+    near = difflib.get_close_matches(exclusion, paths, n=5, cutoff=0.0)
+    return f"exclude={exclusion!r} matches no parameter or module; near names: {', '.join(near)}"
