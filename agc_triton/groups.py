@@ -82,7 +82,7 @@ def param_groups(
     given = {"clipping": clipping, "agc_eps": agc_eps, "weight_decay": weight_decay}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in entries:
-        options = {key: value for key, value in given.items() if value is not None}
+        options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         options["unit_dim"] = _unit_dim(entry)
         if id(entry.param) in unclipped:
             options["clipping"] = 0.0

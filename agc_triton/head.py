@@ -10,9 +10,6 @@ from torch.nn.modules.conv import _ConvNd
 
 _HEAD_NAMES = {"classifier", "fc", "head", "heads", "last_linear", "lm_head", "logits", "score"}
 
-# What DistributedDataParallel and torch.compile put in front of every name.
-_WRAPPERS = ("module.", "_orig_mod.")
-
 
 def find_head(
     model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | None = None
@@ -25,6 +22,8 @@ def find_head(
     Raises:
         ValueError: there are Linear layers and none of these tells which is the head.
     """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
     get_classifier = getattr(model, "get_classifier", None)
     if callable(get_classifier):
         found = get_classifier()
@@ -73,9 +72,9 @@ def _run(
 def _by_name(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for name, module in model.named_modules():
-        for prefix in _WRAPPERS:
-            name = name.removeprefix(prefix)
-        if name.partition(".")[0] in _HEAD_NAMES and isinstance(module, (nn.Linear, _ConvNd)):
+        if name.removeprefix("_orig_mod.").partition(".")[0] in _HEAD_NAMES and isinstance(
+            module, (nn.Linear, _ConvNd)
+        ):
             found = [module]
     return found
 
@@ -85,5 +84,7 @@ def _trace(model: nn.Module) -> list[nn.Module]:
         nodes = fx.Tracer().trace(model).nodes
     except Exception:  # a model that torch.fx cannot trace raises whatever its code raises
         return []
-    called = [model.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"]
+    called: list[nn.Module] = [
+        model.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"
+    ]
     return [module for module in called if isinstance(module, nn.Linear)][-1:]
