@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from agc_triton import dispatch
-from agc_triton.reference import Clip, clip_factors, clip_grad_, unit_norms
+from agc_triton.reference import clip_factors, clip_grad_, unit_norms
+from agc_triton.rule import Clip
 from agc_triton.units import norm_dims, resolve_unit_dim
 from agc_triton.validation import check_grad, check_options, check_param
 
@@ -69,7 +70,6 @@ def clip_grads_(
         check_grad(param, grad, name(i))
         if grad.layout is not torch.strided:
             _check_sparse_rows(param, grad, clip, name(i))
-    dispatch.choose(backend, params)
     for _, param, grad in given:
         if grad.layout is torch.strided:
             clip_grad_(param, grad, clip)

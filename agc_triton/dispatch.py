@@ -1,15 +1,30 @@
-"""Which backend, and why: the only file that knows whether Triton kernels can be used."""
+"""Which backend steps a parameter, and why: the only file that imports kernels, and only on need."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from agc_triton.plan import OptimizerPlan
+from agc_triton.units import memory_order
+from agc_triton.validation import tensor_name
+
+if TYPE_CHECKING:
+    from agc_triton.optim.optimizer import AGCOptimizer
+
 BACKENDS = ("auto", "triton", "torch")
+
+# The first release whose tuples the kernels can be written with.
+TRITON_NEEDED = (3, 6)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_backend(backend: str) -> None:
@@ -17,7 +32,7 @@ def check_backend(backend: str) -> None:
 
     Raises:
         ValueError: not one of ``BACKENDS``.
-        RuntimeError: ``"triton"`` where the kernels cannot be imported.
+        RuntimeError: ``"triton"`` where the kernels cannot be used.
     """
     if backend not in BACKENDS:
         raise ValueError(f"Invalid backend: {backend!r}; it must be one of {', '.join(BACKENDS)}")
@@ -28,21 +43,105 @@ def check_backend(backend: str) -> None:
 @functools.cache
 def kernels_missing() -> str | None:
     """Why the Triton kernels cannot be used in this process, or None."""
-    for module in ("triton", "agc_triton.kernels"):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            return f"{module} cannot be imported ({error})"
+    try:
+        version = importlib.metadata.version("triton")
+        if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
+            return f"triton {version} is older than {'.'.join(map(str, TRITON_NEEDED))}"
+        importlib.import_module("agc_triton.kernels.launch")
+    except (ImportError, ValueError) as error:
+        return f"the kernels cannot be imported ({error})"
     return None
 
 
-def choose(backend: str, params: Iterable[Tensor]) -> str:
-    """The backend for these parameters; says once why CUDA parameters take the torch path."""
-    if backend == "auto" and any(p.is_cuda for p in params) and (reason := kernels_missing()):
-        _warn_once(f"CUDA parameters take the torch path: {reason}")
-    return "torch"
+@functools.cache
+def _launch() -> Any:
+    return importlib.import_module("agc_triton.kernels.launch")
+
+
+def asks_for_torch(group: Mapping[str, Any]) -> str | None:
+    """The option of a group that means the torch path, or None."""
+    for option, value in (("foreach", True), ("differentiable", True), ("fused", False)):
+        if group.get(option) is value:
+            return f"{option}={value}"
+    return None
+
+
+def check_group_backend(backend: str, group: Mapping[str, Any], index: int) -> None:
+    """Check that a group does not ask for the torch path together with ``backend="triton"``.
+
+    Raises:
+        ValueError: it does.
+    """
+    option = asks_for_torch(group)
+    if backend == "triton" and option:
+        raise ValueError(
+            f"{option} in parameter group {index} means the torch path and cannot be used with"
+            " backend='triton'; leave out one of them"
+        )
+
+
+def unsupported(param: Tensor) -> str | None:
+    """Why the kernels cannot take a parameter whatever its group says, or None."""
+    if type(param) not in (Tensor, torch.nn.Parameter):
+        return f"a {type(param).__name__} is not a plain tensor"
+    if param.dtype.to_real() not in DTYPES:
+        return f"its dtype is {param.dtype}"
+    if memory_order(param) is None:
+        return "it is not dense in memory"
+    if not param.is_cuda and not _launch().interpreted():
+        return f"it is on {param.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    return None
+
+
+def may_use_triton(backend: str, params: list[Tensor]) -> bool:
+    """Whether any of these could be stepped by the kernels."""
+    if backend == "torch" or kernels_missing():
+        return False
+    return backend == "triton" or any(p.is_cuda for p in params)
+
+
+def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]:
+    """The parameters of a group that the kernels take.
+
+    Raises:
+        RuntimeError: ``backend="triton"`` and one that they cannot take.
+    """
+    if backend == "torch" or asks_for_torch(group):
+        return []
+    if backend == "auto" and (reason := kernels_missing()):
+        if any(p.is_cuda for p in group["params"]):
+            _warn_once(f"CUDA parameters take the torch path: {reason}")
+        return []
+    taken = []
+    for i, param in enumerate(group["params"]):
+        if param.numel() == 0 or (backend == "auto" and not param.is_cuda):
+            continue
+        reason = unsupported(param)
+        if reason is None:
+            taken.append(param)
+        elif backend == "triton":
+            name = tensor_name(group, index, i)
+            raise RuntimeError(f"backend='triton' cannot step {name}: {reason}")
+        else:
+            _warn_once(f"a CUDA parameter takes the torch path: {reason}")
+    return taken
+
+
+def plan(optimizer: AGCOptimizer, previous: OptimizerPlan | None) -> OptimizerPlan | None:
+    """The Triton path's plan for an optimizer, or None if nothing takes it.
+
+    Raises:
+        RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take.
+    """
+    taken = [
+        eligible(optimizer.backend, group, index)
+        for index, group in enumerate(optimizer.param_groups)
+    ]
+    if not any(taken):
+        return None
+    return OptimizerPlan(optimizer, taken, _launch().StepLauncher, previous)
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=5)

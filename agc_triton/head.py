@@ -87,4 +87,5 @@ def _trace(model: nn.Module) -> list[nn.Module]:
     called: list[nn.Module] = [
         model.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"
     ]
-    return [module for module in called if isinstance(module, nn.Linear)][-1:]
+    linears: list[nn.Module] = [m for m in called if isinstance(m, nn.Linear)]
+    return linears[-1:]

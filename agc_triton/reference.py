@@ -1,18 +1,19 @@
 """The torch path: unit norms, clipping, and torch's own update on slices that stay in cache.
 
 It is the fallback where Triton cannot run and the oracle that kernels are compared with. No update
-rule is written here: an `Update` calls the functions that torch.optim itself calls.
+rule is written here: a `Rule` calls the functions that torch.optim itself calls.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from agc_triton.rule import Clip, Rule, TensorLists
 from agc_triton.units import UnitLayout, memory_order, norm_dims, unit_layout
 
 # Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
@@ -24,48 +25,6 @@ SMALL = 1 << 14
 
 # What a block boundary is rounded to, so that vectorized torch kernels meet no odd tails inside.
 ROW_MULTIPLE = 16
-
-
-class TensorLists(NamedTuple):
-    """What one call of a torch.optim functional updates, one entry per parameter.
-
-    ``states`` holds one list per state role in the order of torch's functional; the list of a role
-    that is switched off is empty, and so is ``steps`` for an optimizer that counts none.
-    """
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: tuple[list[Tensor], ...]
-    steps: list[Tensor]
-
-    def select(self, indices: list[int]) -> TensorLists:
-        """The entries at these indices."""
-
-        def pick(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensors[i] for i in indices] if tensors else []
-
-        states = tuple(pick(state) for state in self.states)
-        return TensorLists(pick(self.params), pick(self.grads), states, pick(self.steps))
-
-
-class Rule(NamedTuple):
-    """One torch.optim update rule; both forms count every tensor of ``lists.steps`` up by one.
-
-    ``update(lists, group, **scaler)`` is torch's functional form: it heeds the group's foreach and
-    fused, and ``scaler`` (grad_scale, found_inf) where torch takes it. ``fused_update(lists,
-    group)`` is torch's fused kernel for tensors of one CPU dtype, or None where torch has none.
-    """
-
-    update: Callable[..., None]
-    fused_update: Callable[[TensorLists, Mapping[str, Any]], None] | None
-
-
-class Clip(NamedTuple):
-    """The AGC settings of one parameter group: limit = clipping * max(||w||, agc_eps)."""
-
-    clipping: float
-    agc_eps: float
-    unit_dim: int | None = None
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch.optim.adam import Adam, adam
 from torch.optim.adamw import adamw
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.reference import Rule, TensorLists
+from agc_triton.rule import KernelRule, Rule, TensorLists
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,16 @@ def _fused_update(lists: TensorLists, group: Mapping[str, Any]) -> None:
     kernel(lists.params, lists.grads, *lists.states, lists.steps, **_options(group))
 
 
-ADAM = Rule(_update, _fused_update)
+def _flags(group: Mapping[str, Any]) -> int:
+    return int(group["amsgrad"])
+
+
+def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    return (*options, float(group.get("decoupled_weight_decay", False)))
+
+
+ADAM = Rule(_update, _fused_update, KernelRule("adam", _flags, _hyper))
 
 
 def adam_lists(optimizer: Any, group: dict[str, Any]) -> TensorLists:

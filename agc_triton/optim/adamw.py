@@ -9,7 +9,7 @@ from torch.optim.adamw import AdamW
 
 from agc_triton.optim.adam import ADAM, adam_lists
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.reference import TensorLists
+from agc_triton.rule import TensorLists
 
 
 class AdamW_AGC(AGCOptimizer, AdamW):

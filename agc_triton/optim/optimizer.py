@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from agc_triton import dispatch, reference
-from agc_triton.reference import Clip, Rule, TensorLists
+from agc_triton.plan import OptimizerPlan
+from agc_triton.rule import Clip, Rule, TensorLists
 from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, tensor_name
 
 CLIPPING = 1e-2
@@ -45,6 +47,7 @@ class AGCOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    _plan: OptimizerPlan | None = None
 
     def __init_subclass__(cls) -> None:
         """Show torch's arguments and ours in help() and inspect.signature()."""
@@ -70,6 +73,8 @@ class AGCOptimizer(Optimizer):
         self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         torch_init: Any = super().__init__
         torch_init(params, *args, **kwargs)
+        if dispatch.may_use_triton(backend, [p for g in self.param_groups for p in g["params"]]):
+            self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it may set ``clipping``, ``agc_eps`` and ``unit_dim``.
@@ -82,7 +87,9 @@ class AGCOptimizer(Optimizer):
             self.defaults.setdefault(key, value)
         super().add_param_group(param_group)
         try:
-            check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            group, index = self.param_groups[-1], len(self.param_groups) - 1
+            check_group(group, index)
+            dispatch.check_group_backend(self.backend, group, index)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -123,21 +130,40 @@ class AGCOptimizer(Optimizer):
         return loss
 
     def _step_groups(self) -> None:
-        found_inf = getattr(self, "found_inf", None)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self._plan is None or not self._plan.refresh(self, capturing):
+            for index, group in enumerate(self.param_groups):
+                self._check_step(group, index)
+            self._plan = dispatch.plan(self, self._plan)
+            if self._plan is not None and not self._plan.refresh(self, capturing):
+                raise RuntimeError(
+                    "the plan does not fit what it was made from"
+                )  # pragma: no cover
+        if self._plan is None:
+            self._step_torch(self.param_groups, scale, found_inf)
+        else:
+            self._plan.run(scale, found_inf, capturing)
+            self._step_torch(self._plan.rest(self.param_groups), scale, found_inf)
+
+    def _step_torch(
+        self, groups: list[dict[str, Any]], scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         # Costs a host sync on CUDA, as GradScaler itself does for optimizers it cannot fuse with.
-        if found_inf is not None and found_inf.item():
+        if not groups or (found_inf is not None and found_inf.item()):
             return
-        for index, group in enumerate(self.param_groups):
-            self._check_step(group, index)
-        scale = getattr(self, "grad_scale", None)
-        for group in self.param_groups:
-            dispatch.choose(self.backend, group["params"])
+        for group in groups:
             for lists, options in self._batches(group):
                 if group["clipping"]:
                     clip = Clip(*(group[key] for key in AGC_OPTIONS))
                     reference.step(self.rule, lists, options, clip, scale)
+                    continue
+                if scale is None or group.get("fused"):
+                    scaler = {"grad_scale": scale, "found_inf": found_inf}
                 else:
-                    self.rule.update(lists, options, grad_scale=scale, found_inf=found_inf)
+                    scaler = {}
+                    lists = lists._replace(grads=[g / scale.to(g.device) for g in lists.grads])
+                self.rule.update(lists, options, **scaler)
 
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
         """What has a gradient, with its state (created by torch's `_init_group`) and options."""

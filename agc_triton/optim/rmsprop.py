@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.rmsprop import RMSprop, rmsprop
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.reference import Rule, TensorLists
+from agc_triton.rule import KernelRule, Rule, TensorLists
 
 _FLAGS = ("foreach", "maximize", "differentiable", "capturable")
 _OPTIONS = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
@@ -27,10 +27,18 @@ def _update(lists: TensorLists, group: Mapping[str, Any], **_scaler: Tensor | No
     )
 
 
+def _flags(group: Mapping[str, Any]) -> int:
+    return int(group["centered"]) + 2 * int(group["momentum"] > 0)
+
+
+def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(group[key] for key in ("lr", "alpha", "eps", "weight_decay", "momentum"))
+
+
 class RMSprop_AGC(AGCOptimizer, RMSprop):
     """torch.optim.RMSprop with adaptive gradient clipping."""
 
-    rule = Rule(_update, None)
+    rule = Rule(_update, None, KernelRule("rmsprop", _flags, _hyper))
 
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
         params, grads, square_avgs, buffers, grad_avgs, steps = lists = [

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.sgd import SGD, sgd
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.reference import Rule, TensorLists
+from agc_triton.rule import KernelRule, Rule, TensorLists
 
 _OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
 
@@ -45,10 +45,18 @@ def _fused_update(lists: TensorLists, group: Mapping[str, Any]) -> None:
     )
 
 
+def _flags(group: Mapping[str, Any]) -> int:
+    return int(group["momentum"] != 0) + 2 * int(group["nesterov"])
+
+
+def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(group[key] for key in ("lr", "momentum", "dampening", "weight_decay"))
+
+
 class SGD_AGC(AGCOptimizer, SGD):
     """torch.optim.SGD with adaptive gradient clipping."""
 
-    rule = Rule(_update, _fused_update)
+    rule = Rule(_update, _fused_update, KernelRule("sgd", _flags, _hyper))
 
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
         params: list[Tensor] = []

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from agc_triton.clipping import clip_grads_
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer
-from agc_triton.reference import Clip
+from agc_triton.rule import Clip
 from agc_triton.validation import AGC_OPTIONS, check_group, tensor_name
 
 

@@ -1,0 +1,251 @@
+"""Planning: tensors -> buckets of tiles, one kernel launch each. Numbers only, nothing is run here.
+
+A unit is a row of a flattened index space over many tensors. A bucket is a tile shape (what one
+program of the kernel handles) and the table of its tiles; few buckets mean few launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from agc_triton.units import UnitLayout
+
+Table = npt.NDArray[np.int64]
+
+# Launches that update parameters, per step; `begin` and a copy of the tables come before them.
+MAX_BUCKETS = 4
+
+# What one more launch costs, in elements: ~3 us at ~3 TB/s and 28 bytes per element.
+LAUNCH_ELEMENTS = 300_000
+
+# Chunks of p and g that fit in 64 registers a thread beside the update (benchmarks/kernel_report).
+MAX_CHUNKS = {2: 2, 4: 5, 8: 4}
+# With three states (amsgrad; centered with momentum) one fewer spills nothing.
+MAX_CHUNKS_3_STATES = {2: 1, 4: 4, 8: 3}
+
+MAX_WARPS = 32
+SPLIT_WARPS = 16
+SPLIT_CHUNKS = 4
+
+# A long unit is summed in at most this many parts, which one block of every tile adds up again.
+MAX_PARTS = 1024
+
+
+class TensorUnits(NamedTuple):
+    """What planning needs to know of one tensor.
+
+    ``layout`` counts real elements (a complex one is two); ``aligned`` says that every address
+    (parameter, gradient, states) is a multiple of 16 bytes.
+    """
+
+    layout: UnitLayout
+    aligned: bool
+    group: int
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """The compile-time shape of one launch.
+
+    A program holds ``rows`` units of up to ``chunks * columns`` elements in registers, or, if
+    ``split``, that many elements of one longer unit. ``vector`` elements are read per access.
+    """
+
+    rows: int
+    columns: int
+    chunks: int
+    num_warps: int
+    vector: int
+    strided: bool
+    split: bool
+
+    @property
+    def capacity(self) -> int:
+        """Elements of one unit that a program holds."""
+        return self.chunks * self.columns
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One launch: a tile shape and its table of tiles (see kernels/layout.py for the fields)."""
+
+    shape: TileShape
+    tensors: tuple[int, ...]
+    units: int
+    elements: int
+    tiles: Table
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """All launches of one step over tensors of one dtype, flags and device.
+
+    ``fields`` has one row per tensor; ``parts`` one row per program that sums a part of a long
+    unit, whose results go to ``slots`` pairs of partial sums.
+    """
+
+    buckets: tuple[Bucket, ...]
+    fields: Table
+    parts: Table
+    slots: int
+
+    @property
+    def parts_vector(self) -> int:
+        """Elements per access when parts are summed: what all split buckets can do."""
+        return min((b.shape.vector for b in self.buckets if b.shape.split), default=1)
+
+    @property
+    def parts_strided(self) -> bool:
+        """Whether any part belongs to a strided unit."""
+        return any(b.shape.strided for b in self.buckets if b.shape.split)
+
+
+def plan_buckets(tensors: Sequence[TensorUnits], itemsize: int, states: int) -> BucketPlan:
+    """Assign every tensor to one of at most `MAX_BUCKETS` buckets and lay out the tiles.
+
+    Args:
+        tensors: in the order of the address tables; none is empty.
+        itemsize: bytes per real element (2, 4 or 8).
+        states: state tensors per parameter.
+    """
+    chosen: dict[TileShape, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        chosen.setdefault(ideal_shape(tensor, itemsize, states), []).append(i)
+    chosen = _merge(chosen, tensors)
+    split_span = _split_shape(itemsize, True, False).capacity
+    fields = np.array([_fields(t, split_span) for t in tensors], np.int64).reshape(-1, 5)
+    buckets = []
+    parts: list[Table] = []
+    slots = 0
+    for shape, members in sorted(chosen.items(), key=lambda item: item[0].capacity):
+        tiles = []
+        for i in members:
+            layout, span = tensors[i].layout, int(fields[i, 4])
+            if shape.split:
+                tiles.append(_split_tiles(i, layout, shape.capacity, span, slots, False))
+                parts.append(_split_tiles(i, layout, span, span, slots, True))
+                slots += layout.units * -(-layout.length // span)
+            else:
+                tiles.append(_whole_tiles(i, layout, shape.rows))
+        layouts = [tensors[i].layout for i in members]
+        units = sum(layout.units for layout in layouts)
+        elements = sum(layout.units * layout.length for layout in layouts)
+        buckets.append(Bucket(shape, tuple(members), units, elements, np.concatenate(tiles)))
+    return BucketPlan(tuple(buckets), fields, np.concatenate([*parts, _NO_TILES]), slots)
+
+
+_NO_TILES = np.empty((0, 4), np.int64)
+
+
+def ideal_shape(tensor: TensorUnits, itemsize: int, states: int) -> TileShape:
+    """The tile shape that suits a tensor best, were launches free.
+
+    Registers hold a whole unit: the fewest warps whose chunks of 16 bytes per thread number at
+    most `MAX_CHUNKS`; shorter units go several to a program, longer ones are split.
+    """
+    layout, wide = tensor.layout, 16 // itemsize
+    strided = layout.outer > 1
+    length = layout.length
+    aligned = tensor.aligned and not strided and length % wide == 0
+    vector = wide if aligned else 1
+    if length <= 32 * wide:
+        columns = 1 << max(length - 1, wide - 1).bit_length()
+        return TileShape(128 * wide // columns, columns, 1, 4, vector, strided, False)
+    max_chunks = (MAX_CHUNKS_3_STATES if states > 2 else MAX_CHUNKS)[itemsize]
+    warps = 1
+    while warps <= MAX_WARPS:
+        chunks = -(-length // (32 * wide * warps))
+        if chunks <= max_chunks:
+            return TileShape(1, 32 * wide * warps, chunks, warps, vector, strided, False)
+        warps *= 2
+    return _split_shape(itemsize, aligned, strided)
+
+
+def _split_shape(itemsize: int, aligned: bool, strided: bool) -> TileShape:
+    wide = 16 // itemsize
+    columns = 32 * wide * SPLIT_WARPS
+    return TileShape(1, columns, SPLIT_CHUNKS, SPLIT_WARPS, wide if aligned else 1, strided, True)
+
+
+def _hosts(host: TileShape, shape: TileShape) -> bool:
+    """Whether tensors whose ideal is ``shape`` can go in a bucket of shape ``host``."""
+    fits = host.split or (not shape.split and shape.capacity <= host.capacity)
+    return fits and host.vector <= shape.vector and host.strided >= shape.strided
+
+
+def _cost(host: TileShape, members: list[int], tensors: Sequence[TensorUnits]) -> float:
+    """What these tensors cost in a bucket of shape ``host``, in elements moved at full speed."""
+    cost = 0.0
+    for i in members:
+        layout, aligned = tensors[i].layout, tensors[i].aligned
+        per_unit = (layout.length + max(host.capacity, layout.length)) / 2
+        # Narrow accesses and a second reading of p and g, in proportion to the bytes of a step.
+        penalty = (2.0 if host.vector == 1 and aligned else 1.0) + (8 / 28 if host.split else 0.0)
+        cost += layout.units * per_unit * penalty
+    return cost
+
+
+def _merge(
+    chosen: dict[TileShape, list[int]], tensors: Sequence[TensorUnits]
+) -> dict[TileShape, list[int]]:
+    """Move whole buckets into others while that saves time or there are too many of them."""
+    chosen = {shape: list(members) for shape, members in chosen.items()}
+    costs = {shape: _cost(shape, members, tensors) for shape, members in chosen.items()}
+    while len(chosen) > 1:
+        moves = [
+            (_cost(host, chosen[shape], tensors) - costs[shape], at, to, shape, host)
+            for at, shape in enumerate(chosen)
+            for to, host in enumerate(chosen)
+            if host != shape and _hosts(host, shape)
+        ]
+        if not moves:  # one bucket each for aligned, unaligned and strided units at the most
+            break
+        extra, _, _, shape, host = min(moves, key=lambda move: move[:3])
+        if extra > LAUNCH_ELEMENTS and len(chosen) <= MAX_BUCKETS:
+            break
+        chosen.setdefault(host, []).extend(chosen.pop(shape))
+        costs[host] = _cost(host, chosen[host], tensors)
+    return {shape: sorted(members) for shape, members in chosen.items()}
+
+
+def _fields(tensor: TensorUnits, split_capacity: int) -> tuple[int, int, int, int, int]:
+    """A tensor's row: unit length, inner, stride between inner runs, group, span of a part."""
+    outer, units, inner = tensor.layout
+    length = outer * inner
+    span = -(-length // (MAX_PARTS * split_capacity)) * split_capacity
+    return length, inner, units * inner, tensor.group, span
+
+
+def _whole_tiles(i: int, layout: UnitLayout, rows: int) -> Table:
+    """Tiles of ``rows`` units: tensor, offset of the first, how many, unused."""
+    first = np.arange(0, layout.units, rows, dtype=np.int64)
+    tiles = np.zeros((len(first), 4), np.int64)
+    tiles[:, 0] = i
+    tiles[:, 1] = first * layout.inner
+    tiles[:, 2] = np.minimum(rows, layout.units - first)
+    return tiles
+
+
+def _split_tiles(
+    i: int, layout: UnitLayout, width: int, span: int, first_slot: int, own_slot: bool
+) -> Table:
+    """Tiles of ``width`` columns: tensor, offset of the unit, first column, slot.
+
+    The slot is a part's own when parts are summed, and its unit's first when they are added up.
+    """
+    starts = np.arange(0, layout.length, width, dtype=np.int64)
+    slots_per_unit = -(-layout.length // span)
+    unit = np.repeat(np.arange(layout.units, dtype=np.int64), len(starts))
+    tiles = np.empty((len(unit), 4), np.int64)
+    tiles[:, 0] = i
+    tiles[:, 1] = unit * layout.inner
+    tiles[:, 2] = np.tile(starts, layout.units)
+    tiles[:, 3] = first_slot + unit * slots_per_unit
+    if own_slot:
+        tiles[:, 3] += tiles[:, 2] // span
+    return tiles

@@ -1,0 +1,257 @@
+"""The Triton path's tables on the device, and what is compared with them before every step.
+
+A stale address corrupts memory: the addresses of parameters, gradients and states are read again
+at every step. What merely changed is copied to the tables in one go; what no longer fits (strides,
+alignment, other tensors) makes `FusedStep.refresh` return False, and the caller plans anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agc_triton.buckets import TensorUnits, plan_buckets
+from agc_triton.rule import KernelRule
+from agc_triton.units import UnitLayout, memory_order, unit_layout
+from agc_triton.validation import check_options
+
+# What 128-bit accesses need of every address.
+ALIGNMENT = 16
+
+# Values per group in the tables: clipping, agc_eps, sign and a rule's own (kernels/rules.py).
+FIXED_VALUES = 3
+RULE_VALUES = 8
+
+# A change of one of these asks for another plan, not for another value in the tables.
+STRUCTURAL = ("unit_dim", "foreach", "fused", "differentiable", "capturable")
+
+_data_ptr = Tensor.data_ptr
+_is_contiguous = Tensor.is_contiguous
+_stride = Tensor.stride
+
+
+CLIP_ONLY = KernelRule("clip", lambda group: 0, lambda group: ())
+
+
+class Member(NamedTuple):
+    """One parameter of a plan, its states in the rule's order, and the index of its group."""
+
+    param: Tensor
+    states: tuple[Tensor, ...]
+    group: int
+
+
+class Tables:
+    """Addresses and group values: one host array, one device tensor, one copy when they differ.
+
+    ``counts`` holds the step count of each tensor, fp32 on the device as torch's fused=True has it.
+    """
+
+    def __init__(self, roles: int, groups: int, counts: Tensor) -> None:
+        self.roles, self.counts, self.device = roles, counts, counts.device
+        addresses = roles * len(counts)
+        values = addresses + groups * (FIXED_VALUES + RULE_VALUES)
+        size = values + groups * RULE_VALUES
+        self._host = np.zeros(size, np.int64)
+        self.host_addresses = self._host[:addresses].reshape(roles, -1)
+        self.host_values = self._host[addresses:values].view(np.float64).reshape(groups, -1)
+        self.host_pointers = self._host[values:].reshape(groups, -1)
+        self._on_device = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self.addresses = self._on_device[:addresses]
+        self.values = self._on_device[addresses:values].view(torch.float64)
+        self.pointers = self._on_device[values:]
+        # Replays of a captured graph copy from it again: kept, and written in capture only.
+        self._captured = self._staging()
+
+    @property
+    def has_pointers(self) -> bool:
+        """Whether any hyperparameter is read from a tensor on the device."""
+        return bool(self.host_pointers.any())
+
+    def _staging(self) -> Tensor:
+        # torch's pool hands a pinned block out again only when the copies from it have finished.
+        pinned = self.device.type == "cuda"
+        return torch.empty(len(self._host), dtype=torch.int64, pin_memory=pinned)
+
+    def upload(self, capturing: bool) -> None:
+        """Copy the host's values to the device without waiting for it."""
+        staging = self._captured if capturing else self._staging()
+        staging.numpy()[:] = self._host
+        self._on_device.copy_(staging, non_blocking=True)
+
+
+class FusedStep:
+    """The plan for parameters of one device, dtype and set of flags.
+
+    It keeps no parameter, gradient or state alive; `refresh` and `run` are told what they are.
+
+    Args:
+        rule: the update rule.
+        members: parameters: dense, not empty, of one device and dtype.
+        groups: the options of all groups.
+        counts: fp32 step counts on the device, one per member.
+        unaligned: indices of members whose gradient has been met at an odd address.
+        launcher: `agc_triton.kernels.launch.StepLauncher`.
+    """
+
+    def __init__(
+        self,
+        rule: KernelRule,
+        members: Sequence[Member],
+        groups: Sequence[Mapping[str, Any]],
+        counts: Tensor,
+        unaligned: set[int],
+        launcher: Callable[..., Any],
+    ) -> None:
+        params = [member.param for member in members]
+        self.rule, self.unaligned = rule, set(unaligned)
+        self.flags = rule.flags(groups[members[0].group])
+        self.dtype = params[0].dtype
+        self.frozen = False
+        real = self.dtype.to_real()
+        n_states = len(members[0].states)
+        self._strides = None if all(map(_is_contiguous, params)) else list(map(_stride, params))
+        self._orders = [memory_order(p) for p in params]
+        roles = [params, *([m.states[s] for m in members] for s in range(n_states))]
+        self._addresses = [list(map(_data_ptr, tensors)) for tensors in roles]
+        self._aligned = [
+            i not in self.unaligned and all(a[i] % ALIGNMENT == 0 for a in self._addresses)
+            for i in range(len(members))
+        ]
+        units = [
+            TensorUnits(self._layout(i, m.param, groups[m.group]), self._aligned[i], m.group)
+            for i, m in enumerate(members)
+        ]
+        self.plan = plan_buckets(units, real.itemsize, n_states)
+        self.tables = Tables(2 + n_states, len(groups), counts)
+        self.tables.host_addresses[0] = self._addresses[0]
+        for s, addresses in enumerate(self._addresses[1:]):
+            self.tables.host_addresses[2 + s] = addresses
+        self.launcher = launcher(self.plan, self.tables, rule.name, self.flags, real)
+        self._grads: list[int] = []
+        self._copies: list[Tensor] = []
+        self._groups: dict[int, dict[str, Any]] = {m.group: {} for m in members}
+        self._structure = {g: _structure(groups[g]) for g in self._groups}
+        self._changed = True
+
+    def _layout(self, i: int, param: Tensor, group: Mapping[str, Any]) -> UnitLayout:
+        order = self._orders[i]
+        assert order is not None  # only dense parameters become members
+        layout = unit_layout(param.shape, order, group["unit_dim"])
+        return layout._replace(inner=2 * layout.inner) if param.is_complex() else layout
+
+    def refresh(
+        self,
+        params: list[Tensor],
+        states: list[list[Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> bool:
+        """Compare everything with the tables; False if this plan does not fit any more."""
+        if list(map(_data_ptr, params)) != self._addresses[0]:
+            return False
+        for role, tensors in enumerate(states, 1):
+            if list(map(_data_ptr, tensors)) != self._addresses[role]:
+                return False
+        return self._refresh_grads(params) and all(
+            self._refresh_group(g, groups[g]) for g in self._groups
+        )
+
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
+        """Upload what has changed and launch."""
+        self.frozen |= capturing
+        if self._changed:
+            self.tables.upload(capturing)
+            self._changed = False
+        self.launcher.fire(grad_scale, found_inf)
+        self._copies = []
+
+    def _refresh_grads(self, params: list[Tensor]) -> bool:
+        grads: list[Any] = [p.grad for p in params]
+        try:
+            addresses = list(map(_data_ptr, grads))
+            if self._strides is None:
+                same_layout = all(map(_is_contiguous, grads))
+            else:
+                same_layout = list(map(_stride, grads)) == self._strides
+        except (TypeError, RuntimeError):  # None, or sparse
+            return self._refresh_each_grad(params, grads)
+        if not same_layout or self.dtype.is_complex:
+            return self._refresh_each_grad(params, grads)
+        return addresses == self._grads or self._new_grads(addresses, grads)
+
+    def _refresh_each_grad(self, params: list[Tensor], grads: list[Any]) -> bool:
+        """Gradients of which some are None or laid out unlike their parameter: those are copied."""
+        addresses = []
+        for i, grad in enumerate(grads):
+            if grad is None:
+                addresses.append(0)
+                continue
+            if grad.layout is not torch.strided:
+                return False
+            if memory_order(grad) != self._orders[i] or grad.is_conj() or grad.is_neg():
+                grad = grads[i] = torch.empty_like(params[i]).copy_(grad)
+                self._copies.append(grad)
+            addresses.append(grad.data_ptr())
+        return addresses == self._grads or self._new_grads(addresses, grads)
+
+    def _new_grads(self, addresses: list[int], grads: list[Any]) -> bool:
+        if any(g is not None and g.dtype != self.dtype for g in grads):
+            return False
+        odd = {i for i, a in enumerate(addresses) if a % ALIGNMENT and self._aligned[i]}
+        if odd:
+            self.unaligned |= odd
+            return False
+        self.tables.host_addresses[1] = addresses
+        self._grads = addresses
+        self._changed = True
+        return True
+
+    def _refresh_group(self, index: int, group: Mapping[str, Any]) -> bool:
+        options = {key: value for key, value in group.items() if key != "params"}
+        if _same(options, self._groups[index]):
+            return True
+        if _structure(group) != self._structure[index] or self.rule.flags(group) != self.flags:
+            return False
+        check_options(group, f" in parameter group {index}")
+        clipping = group["clipping"] or math.inf
+        sign = -1.0 if group.get("maximize") else 1.0
+        values = self.tables.host_values[index]
+        values[:FIXED_VALUES] = clipping, group["agc_eps"], sign
+        for k, value in enumerate(self.rule.hyper(group)):
+            on_device = isinstance(value, Tensor) and (value.is_cuda or group.get("capturable"))
+            if on_device and value.dtype != torch.float32:
+                raise RuntimeError(
+                    f"a hyperparameter tensor on {value.device} must be float32, not"
+                    f" {value.dtype}, in parameter group {index}; convert it, or use a float"
+                )
+            self.tables.host_pointers[index, k] = value.data_ptr() if on_device else 0
+            values[FIXED_VALUES + k] = 0.5 if on_device else float(value)
+        self._groups[index] = options
+        self._changed = True
+        return True
+
+
+def _structure(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(key) for key in STRUCTURAL)
+
+
+def _same(options: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether no option can have changed: tensors on the host are read again, whatever they are."""
+    if any(isinstance(v, (Tensor, tuple)) for v in options.values()):
+        return options.keys() == before.keys() and all(
+            _same_value(value, before[key]) for key, value in options.items()
+        )
+    return options == before
+
+
+def _same_value(value: Any, before: Any) -> bool:
+    if isinstance(value, tuple):
+        return type(before) is tuple and all(map(_same_value, value, before))
+    if isinstance(value, Tensor):
+        return value is before and value.is_cuda
+    return not isinstance(before, Tensor) and bool(value == before)

@@ -1,0 +1,178 @@
+"""An optimizer's plan on the Triton path: which parameters are stepped together, kept until stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from agc_triton.fused import FusedStep, Member
+from agc_triton.units import memory_order
+
+if TYPE_CHECKING:
+    from agc_triton.optim.optimizer import AGCOptimizer
+
+
+class Part(NamedTuple):
+    """A fused step and what it is run on; ``states`` are the entries of optimizer.state."""
+
+    step: FusedStep
+    params: list[Tensor]
+    states: list[dict[str, Any]]
+    roles: list[str]
+
+
+class OptimizerPlan:
+    """What `AGCOptimizer.step` launches, over the parameters that ``eligible`` admits.
+
+    Args:
+        optimizer: the optimizer; states of parameters with a gradient are created.
+        eligible: per group, the parameters that the kernels can take.
+        launcher: `agc_triton.kernels.launch.StepLauncher`.
+        previous: the plan before, whose step counts and alignment notes carry over.
+    """
+
+    def __init__(
+        self,
+        optimizer: AGCOptimizer,
+        eligible: Sequence[list[Tensor]],
+        launcher: Callable[..., Any],
+        previous: OptimizerPlan | None,
+    ) -> None:
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        # Graphs captured with earlier plans still read those plans' tables.
+        self._captured = [] if previous is None else previous.captured()
+        self._previous = previous
+        self._rest = [
+            [p for p in group["params"] if p not in set(params)]
+            for group, params in zip(optimizer.param_groups, eligible, strict=True)
+        ]
+        self.counts: dict[Tensor, Tensor] = {}
+        self.idle = [p for params in eligible for p in params if p.grad is None]
+        members: dict[tuple[Any, ...], list[Member]] = {}
+        for index, params in enumerate(eligible):
+            for member in self._members(optimizer, index, params):
+                group = optimizer.param_groups[index]
+                flags = optimizer.rule.kernel.flags(group)
+                key = (member.param.device, member.param.dtype, flags, len(member.states))
+                members.setdefault(key, []).append(member)
+        self.parts = [self._part(optimizer, list_, launcher) for list_ in members.values()]
+        self._previous = None
+        self._state = optimizer.state
+        self._entries = list(optimizer.state.values())
+
+    def _members(self, optimizer: AGCOptimizer, index: int, params: list[Tensor]) -> list[Member]:
+        """Parameters with a gradient, their states created and laid out as they are."""
+        group = optimizer.param_groups[index]
+        # Step counts belong on the device, and clipping=0 differs only in its limit there.
+        options = {**group, "params": params, "fused": None, "capturable": True}
+        options["clipping"] = group["clipping"] or torch.inf
+        members = []
+        for lists, given in optimizer._batches(options):
+            for i, param in enumerate(lists.params):
+                entry = optimizer.state.get(param, {})
+                states = tuple(role[i] for role in lists.states if role)
+                states = tuple(_laid_out_as(param, state, entry) for state in states)
+                if lists.steps:
+                    self.counts[param] = lists.steps[i]
+                elif given.get("is_first_step"):
+                    self.counts[param] = torch.tensor(0.0)
+                elif self._previous is not None and param in self._previous.counts:
+                    self.counts[param] = self._previous.counts[param]
+                else:
+                    self.counts[param] = torch.tensor(1.0)
+                members.append(Member(param, states, index))
+        return members
+
+    def _part(
+        self, optimizer: AGCOptimizer, members: list[Member], launcher: Callable[..., Any]
+    ) -> Part:
+        params = [member.param for member in members]
+        counts = _one_vector([self.counts[p] for p in params], params[0].device)
+        for param, count in zip(params, counts.unbind(), strict=True):
+            self.counts[param] = count
+            if "step" in (entry := optimizer.state.get(param, {})):
+                entry["step"] = count
+        unaligned = set()
+        if self._previous is not None:
+            known = self._previous.unaligned()
+            unaligned = {i for i, p in enumerate(params) if p in known}
+        groups = optimizer.param_groups
+        step = FusedStep(optimizer.rule.kernel, members, groups, counts, unaligned, launcher)
+        entries = [optimizer.state.get(p, {}) for p in params]
+        roles = [
+            next(key for key, value in entries[0].items() if value is state)
+            for state in members[0].states
+        ]
+        return Part(step, params, entries, roles)
+
+    def rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Groups of the parameters that take the torch path."""
+        pairs = zip(groups, self._rest, strict=True)
+        return [{**group, "params": params} for group, params in pairs if params]
+
+    def unaligned(self) -> set[Tensor]:
+        """Parameters whose gradient has been met at an odd address."""
+        return {part.params[i] for part in self.parts for i in part.step.unaligned}
+
+    def captured(self) -> list[FusedStep]:
+        """Steps that a captured graph may replay."""
+        return self._captured + [part.step for part in self.parts if part.step.frozen]
+
+    def refresh(self, optimizer: AGCOptimizer, capturing: bool) -> bool:
+        """Whether the plan fits what the optimizer holds now; its tables are then up to date."""
+        groups, state = optimizer.param_groups, optimizer.state
+        if [len(group["params"]) for group in groups] != self._sizes or state is not self._state:
+            return False
+        if len(state) != len(self._entries) or not all(
+            entry is known for entry, known in zip(state.values(), self._entries, strict=True)
+        ):
+            return False
+        if any(p.grad is not None for p in self.idle):
+            return False
+        for step, params, entries, roles in self.parts:
+            if step.frozen and not capturing:
+                return False
+            try:
+                states = [[entry[role] for entry in entries] for role in roles]
+            except KeyError:
+                return False
+            if not step.refresh(params, states, groups):
+                return False
+        return True
+
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
+        """Launch everything."""
+        for part in self.parts:
+            device = part.params[0].device
+            part.step.run(_on(grad_scale, device), _on(found_inf, device), capturing)
+
+
+def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return value if value is None else value.to(device, torch.float32, non_blocking=True)
+
+
+def _laid_out_as(param: Tensor, state: Tensor, entry: dict[str, Any]) -> Tensor:
+    """The state, or a copy in the parameter's memory order that replaces it in its entry."""
+    if memory_order(state) == memory_order(param):
+        return state
+    role = next(key for key, value in entry.items() if value is state)
+    entry[role] = torch.empty_like(param).copy_(state)
+    fresh: Tensor = entry[role]
+    return fresh
+
+
+def _one_vector(counts: list[Tensor], device: torch.device) -> Tensor:
+    """Step counts as one fp32 vector, so that one kernel counts them all."""
+    base = counts[0]._base
+    if (
+        base is not None
+        and base.shape == (len(counts),)
+        and base.dtype == torch.float32
+        and base.device == device
+        and all(c.data_ptr() == base.data_ptr() + 4 * i for i, c in enumerate(counts))
+    ):
+        return base
+    return torch.stack([c.detach().to(device, torch.float32) for c in counts])

@@ -1,0 +1,64 @@
+"""What an optimizer hands to a backend: lists of tensors, its update rule, its AGC settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class TensorLists(NamedTuple):
+    """What one call of a torch.optim functional updates, one entry per parameter.
+
+    ``states`` holds one list per state role in the order of torch's functional; the list of a role
+    that is switched off is empty, and so is ``steps`` for an optimizer that counts none.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: tuple[list[Tensor], ...]
+    steps: list[Tensor]
+
+    def select(self, indices: list[int]) -> TensorLists:
+        """The entries at these indices."""
+
+        def pick(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensors[i] for i in indices] if tensors else []
+
+        states = tuple(pick(state) for state in self.states)
+        return TensorLists(pick(self.params), pick(self.grads), states, pick(self.steps))
+
+
+class KernelRule(NamedTuple):
+    """How a group's options become a kernel rule's arguments.
+
+    ``name`` is the rule in kernels/rules.py, ``flags(group)`` its compile-time options and
+    ``hyper(group)`` its raw values: numbers or one-element tensors.
+    """
+
+    name: str
+    flags: Callable[[Mapping[str, Any]], int]
+    hyper: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+
+
+class Rule(NamedTuple):
+    """One torch.optim update rule; both forms count every tensor of ``lists.steps`` up by one.
+
+    ``update(lists, group, **scaler)`` is torch's functional form: it heeds the group's foreach and
+    fused, and ``scaler`` (grad_scale, found_inf) where torch takes it. ``fused_update(lists,
+    group)`` is torch's fused kernel for tensors of one CPU dtype, or None where torch has none.
+    ``kernel`` is the same rule for the Triton path.
+    """
+
+    update: Callable[..., None]
+    fused_update: Callable[[TensorLists, Mapping[str, Any]], None] | None
+    kernel: KernelRule
+
+
+class Clip(NamedTuple):
+    """The AGC settings of one parameter group: limit = clipping * max(||w||, agc_eps)."""
+
+    clipping: float
+    agc_eps: float
+    unit_dim: int | None = None

@@ -1,0 +1,166 @@
+"""The launch that opens a step: counts steps, prepares constants, sums parts of long units."""
+
+import triton
+import triton.language as tl
+
+from agc_triton.kernels.layout import ACTIVE, CONSTANTS, TENSOR_FIELDS, TILE_FIELDS, element, row
+from agc_triton.kernels.norms import sum_pairs
+from agc_triton.kernels.rules import GROUP_FIXED, RULE_RAW
+
+
+@triton.jit
+def _prepare(
+    tensors_ptr,
+    addresses_ptr,
+    groups_ptr,
+    pointers_ptr,
+    steps_ptr,
+    constants_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    n_tensors,
+    PREPARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_POINTERS: tl.constexpr,
+    HAS_GRAD_SCALE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+):
+    """One row of constants per tensor; a tensor without gradient, or after an overflow, is idle."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n_tensors
+    active = mask & (tl.load(addresses_ptr + n_tensors + i, mask=mask, other=0) != 0)
+    if HAS_FOUND_INF:
+        active = active & (tl.load(found_inf_ptr) == 0.0)
+    step = tl.load(steps_ptr + i, mask=mask, other=0.0) + 1.0
+    tl.store(steps_ptr + i, step, mask=active)
+    group = tl.load(tensors_ptr + i * TENSOR_FIELDS + 3, mask=mask, other=0)
+    raw_ptr = groups_ptr + group * (GROUP_FIXED + RULE_RAW)
+    raw = ()
+    for k in tl.static_range(RULE_RAW):
+        raw = raw + (tl.load(raw_ptr + GROUP_FIXED + k, mask=mask, other=0.5),)
+    if HAS_POINTERS:
+        given = ()
+        for k in tl.static_range(RULE_RAW):
+            address = tl.load(pointers_ptr + group * RULE_RAW + k, mask=mask, other=0)
+            value_ptr = address.to(tl.pointer_type(tl.float32))
+            value = tl.load(value_ptr, mask=address != 0, other=0.0).to(tl.float64)
+            given = given + (tl.where(address != 0, value, raw[k]),)
+        raw = given
+    inverse = tl.full((BLOCK,), 1.0, tl.float64)
+    if HAS_GRAD_SCALE:
+        inverse = inverse / tl.load(grad_scale_ptr).to(tl.float64)
+    out = constants_ptr + i * CONSTANTS
+    tl.store(out + ACTIVE, tl.where(active, 1.0, 0.0).to(tl.float64), mask=mask)
+    tl.store(out + 1, tl.load(raw_ptr, mask=mask, other=0.0), mask=mask)
+    tl.store(out + 2, tl.load(raw_ptr + 1, mask=mask, other=0.0), mask=mask)
+    tl.store(out + 3, inverse, mask=mask)
+    tl.store(out + 4, inverse * tl.load(raw_ptr + 2, mask=mask, other=1.0), mask=mask)
+    prepared = PREPARE(raw, step.to(tl.float64))
+    for k in tl.static_range(len(prepared)):
+        tl.store(out + 5 + k, prepared[k], mask=mask)
+
+
+@triton.jit
+def _sum_part(
+    tile_ptr,
+    tensors_ptr,
+    addresses_ptr,
+    partials_ptr,
+    grad_scale_ptr,
+    n_tensors,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STRIDED: tl.constexpr,
+    HAS_GRAD_SCALE: tl.constexpr,
+):
+    """Sums of squares of p and g over one span of a long unit, into its two slots."""
+    tensor, offset = tl.load(tile_ptr), tl.load(tile_ptr + 1)
+    start, slot = tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)
+    fields = tensors_ptr + tensor * TENSOR_FIELDS
+    length, inner, stride = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
+    end = tl.minimum(start + tl.load(fields + 4), length)
+    inverse = 1.0
+    if HAS_GRAD_SCALE:
+        inverse = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
+    p_ptr = row(addresses_ptr, 0, n_tensors, tensor, offset, DTYPE, VECTOR)
+    g_address = tl.load(addresses_ptr + n_tensors + tensor)
+    g_ptr = row(addresses_ptr, 1, n_tensors, tensor, offset, DTYPE, VECTOR)
+    p_squares = tl.zeros((1, COLUMNS), COMPUTE)
+    g_squares = tl.zeros((1, COLUMNS), COMPUTE)
+    while (start < end) & (g_address != 0):
+        start = tl.multiple_of(start, VECTOR)
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        mask = column < tl.multiple_of(end, VECTOR)
+        at = element(column, inner, stride, STRIDED)
+        p = tl.load(p_ptr + at, mask=mask, other=0.0).to(COMPUTE)
+        g = tl.load(g_ptr + at, mask=mask, other=0.0).to(COMPUTE) * inverse
+        p_squares += p * p
+        g_squares += g * g
+        start += COLUMNS
+    p_sum, g_sum = sum_pairs(p_squares, g_squares)
+    pair = tl.arange(0, 1)
+    tl.store(partials_ptr + 2 * slot + pair, p_sum)
+    tl.store(partials_ptr + 2 * slot + 1 + pair, g_sum)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_prepare"])
+def begin(
+    tensors_ptr,
+    addresses_ptr,
+    groups_ptr,
+    pointers_ptr,
+    steps_ptr,
+    constants_ptr,
+    tiles_ptr,
+    partials_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    n_tensors,
+    n_prepare,
+    PREPARE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STRIDED: tl.constexpr,
+    HAS_SPLIT: tl.constexpr,
+    HAS_POINTERS: tl.constexpr,
+    HAS_GRAD_SCALE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+):
+    """The first ``n_prepare`` programs prepare ``BLOCK`` tensors each, the others sum one span."""
+    if tl.program_id(0) < n_prepare:
+        _prepare(
+            tensors_ptr,
+            addresses_ptr,
+            groups_ptr,
+            pointers_ptr,
+            steps_ptr,
+            constants_ptr,
+            grad_scale_ptr,
+            found_inf_ptr,
+            n_tensors,
+            PREPARE,
+            BLOCK,
+            HAS_POINTERS,
+            HAS_GRAD_SCALE,
+            HAS_FOUND_INF,
+        )
+    elif HAS_SPLIT:
+        _sum_part(
+            tiles_ptr + (tl.program_id(0) - n_prepare).to(tl.int64) * TILE_FIELDS,
+            tensors_ptr,
+            addresses_ptr,
+            partials_ptr,
+            grad_scale_ptr,
+            n_tensors,
+            DTYPE,
+            COMPUTE,
+            COLUMNS,
+            VECTOR,
+            STRIDED,
+            HAS_GRAD_SCALE,
+        )

@@ -1,0 +1,109 @@
+"""One update rule per optimizer: how its row of constants is prepared, and one element's update.
+
+``NAME_prepare(raw, step)`` turns a parameter group's raw values (fp64 blocks over tensors, in the
+order of the optimizer's ``hyper``) into the constants that ``NAME(p, g, states, h, FLAGS)`` reads
+as ``h``. ``g`` is clipped, unscaled and negated for maximize. The rules follow torch.optim 2.13.
+"""
+
+import triton
+import triton.language as tl
+
+# Values per group in front of a rule's own: clipping, agc_eps, sign (-1 to maximize).
+GROUP_FIXED = tl.constexpr(3)
+# A rule's own raw values per group, and constants per tensor, at most.
+RULE_RAW = tl.constexpr(8)
+RULE_CONSTANTS = tl.constexpr(8)
+
+SGD_MOMENTUM = tl.constexpr(1)
+SGD_NESTEROV = tl.constexpr(2)
+ADAM_AMSGRAD = tl.constexpr(1)
+RMSPROP_CENTERED = tl.constexpr(1)
+RMSPROP_MOMENTUM = tl.constexpr(2)
+
+
+@triton.jit
+def sgd_prepare(raw, step):
+    lr, momentum, dampening, weight_decay = raw[0], raw[1], raw[2], raw[3]
+    # The momentum buffer starts as the first gradient, without dampening.
+    keep = tl.where(step == 1.0, 1.0, 1.0 - dampening)
+    return (momentum, keep, weight_decay, lr)
+
+
+@triton.jit
+def sgd(p, g, states, h, FLAGS: tl.constexpr):
+    g = g + h[2] * p
+    new_states = ()
+    if SGD_MOMENTUM & FLAGS:
+        momentum_buffer = h[0] * states[0] + h[1] * g
+        new_states = (momentum_buffer,)
+        if SGD_NESTEROV & FLAGS:
+            g = g + h[0] * momentum_buffer
+        else:
+            g = momentum_buffer
+    return p - h[3] * g, new_states
+
+
+@triton.jit
+def adam_prepare(raw, step):
+    lr, beta1, beta2, eps, weight_decay = raw[0], raw[1], raw[2], raw[3], raw[4]
+    decoupled = raw[5]
+    bias_correction1 = 1.0 - tl.exp2(step * tl.log2(beta1))
+    bias_correction2 = 1.0 - tl.exp2(step * tl.log2(beta2))
+    return (
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        weight_decay * (1.0 - decoupled),
+        1.0 - lr * weight_decay * decoupled,
+        lr / bias_correction1,
+        1.0 / tl.sqrt(bias_correction2),
+        eps,
+    )
+
+
+@triton.jit
+def adam(p, g, states, h, FLAGS: tl.constexpr):
+    g = g + h[3] * p
+    exp_avg = states[0] + h[0] * (g - states[0])
+    exp_avg_sq = h[1] * states[1] + h[2] * g * g
+    new_states = (exp_avg, exp_avg_sq)
+    second = exp_avg_sq
+    if ADAM_AMSGRAD & FLAGS:
+        second = tl.maximum(states[2], exp_avg_sq, tl.PropagateNan.ALL)
+        new_states = new_states + (second,)
+    update = exp_avg / (tl.sqrt(second) * h[6] + h[7])
+    return h[4] * p - h[5] * update, new_states
+
+
+@triton.jit
+def rmsprop_prepare(raw, step):
+    lr, alpha, eps, weight_decay, momentum = raw[0], raw[1], raw[2], raw[3], raw[4]
+    return (alpha, 1.0 - alpha, eps, weight_decay, momentum, lr)
+
+
+@triton.jit
+def rmsprop(p, g, states, h, FLAGS: tl.constexpr):
+    g = g + h[3] * p
+    square_avg = h[0] * states[0] + h[1] * g * g
+    new_states = (square_avg,)
+    avg = square_avg
+    if RMSPROP_CENTERED & FLAGS:
+        grad_avg = states[1] + h[1] * (g - states[1])
+        new_states = new_states + (grad_avg,)
+        avg = square_avg - grad_avg * grad_avg
+    update = g / (tl.sqrt(avg) + h[2])
+    if RMSPROP_MOMENTUM & FLAGS:
+        # After grad_avg, where there is one.
+        update = h[4] * states[1 + (RMSPROP_CENTERED & FLAGS)] + update
+        new_states = new_states + (update,)
+    return p - h[5] * update, new_states
+
+
+@triton.jit
+def clip_prepare(raw, step):
+    return ()
+
+
+@triton.jit
+def clip(p, g, states, h, FLAGS: tl.constexpr):
+    return g, ()

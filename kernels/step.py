@@ -1,0 +1,177 @@
+"""The fused clip-and-update kernel, generic over the update rule."""
+
+import triton
+import triton.language as tl
+
+from agc_triton.kernels.layout import ACTIVE, CONSTANTS, TENSOR_FIELDS, TILE_FIELDS, element, row
+from agc_triton.kernels.norms import clip_factor, sum_pairs
+from agc_triton.kernels.rules import RULE_CONSTANTS
+
+
+@triton.jit
+def _update_tile(
+    tile_ptr,
+    tensor,
+    constants_ptr,
+    tensors_ptr,
+    addresses_ptr,
+    partials_ptr,
+    n_tensors,
+    RULE: tl.constexpr,
+    FLAGS: tl.constexpr,
+    STATES: tl.constexpr,
+    TARGET: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STRIDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    offset = tl.load(tile_ptr + 1)
+    fields = tensors_ptr + tensor * TENSOR_FIELDS
+    length, inner, stride = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
+    start, units = tl.full((), 0, tl.int64), 1
+    if SPLIT:
+        start = tl.multiple_of(tl.load(tile_ptr + 2), VECTOR)
+        if not STRIDED:
+            offset += start
+    else:
+        units = tl.load(tile_ptr + 2).to(tl.int32)
+    # Columns of this tile, in 32 bits: a tile is small however large its tensor is.
+    limit = tl.minimum(length - start, CHUNKS * COLUMNS).to(tl.int32)
+    limit = tl.multiple_of(limit, VECTOR)
+    rows = tl.arange(0, ROWS)[:, None]
+    if STRIDED:
+        rows = rows.to(tl.int64) * inner
+    else:
+        rows = rows * limit
+
+    p_ptr = row(addresses_ptr, 0, n_tensors, tensor, offset, DTYPE, VECTOR)
+    g_ptr = row(addresses_ptr, 1, n_tensors, tensor, offset, DTYPE, VECTOR)
+    state_ptrs = ()
+    for s in tl.static_range(STATES):
+        state_ptrs = state_ptrs + (
+            row(addresses_ptr, 2 + s, n_tensors, tensor, offset, DTYPE, VECTOR),
+        )
+
+    inverse = tl.load(constants_ptr + 3).to(COMPUTE)
+    ps, gs, ats, masks = (), (), (), ()
+    p_squares = tl.zeros((ROWS, COLUMNS), COMPUTE)
+    g_squares = tl.zeros((ROWS, COLUMNS), COMPUTE)
+    for k in tl.static_range(CHUNKS):
+        column = k * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        mask = (column < limit) & (tl.arange(0, ROWS)[:, None] < units)
+        if STRIDED:
+            at = rows + element(column + start, inner, stride, STRIDED)
+        else:
+            at = rows + column
+        p = tl.load(p_ptr + at, mask=mask, other=0.0)
+        g = tl.load(g_ptr + at, mask=mask, other=0.0)
+        ps, gs, ats, masks = ps + (p,), gs + (g,), ats + (at,), masks + (mask,)
+        if not SPLIT:
+            p_squares += p.to(COMPUTE) * p.to(COMPUTE)
+            unscaled = g.to(COMPUTE) * inverse
+            g_squares += unscaled * unscaled
+
+    # Loads do not move up over the stores below, so the first states are asked for here.
+    prefetched = ()
+    for k in tl.static_range(PREFETCH):
+        for s in tl.static_range(STATES):
+            state = tl.load(state_ptrs[s] + ats[k], mask=masks[k], other=0.0)
+            prefetched = prefetched + (state,)
+
+    if SPLIT:
+        part = tl.arange(0, PARTS)[None, :]
+        span = tl.load(fields + 4)
+        part_ptr = partials_ptr + 2 * (tl.load(tile_ptr + 3) + part)
+        there = part < (length + span - 1) // span
+        p_parts = tl.load(part_ptr, mask=there, other=0.0)
+        g_parts = tl.load(part_ptr + 1, mask=there, other=0.0)
+        p_sum, g_sum = sum_pairs(p_parts, g_parts)
+    else:
+        p_sum, g_sum = sum_pairs(p_squares, g_squares)
+    clipping = tl.load(constants_ptr + 1).to(COMPUTE)
+    agc_eps = tl.load(constants_ptr + 2).to(COMPUTE)
+    factor = clip_factor(p_sum, g_sum, clipping, agc_eps)
+    factor = (factor * tl.load(constants_ptr + 4).to(COMPUTE))[:, None]
+
+    h = ()
+    for k in tl.static_range(RULE_CONSTANTS):
+        h = h + (tl.load(constants_ptr + 5 + k).to(COMPUTE),)
+    for k in tl.static_range(CHUNKS):
+        states = ()
+        for s in tl.static_range(STATES):
+            if k < PREFETCH:
+                state = prefetched[k * STATES + s]
+            else:
+                state = tl.load(state_ptrs[s] + ats[k], mask=masks[k], other=0.0)
+            states = states + (state.to(COMPUTE),)
+        result, states = RULE(ps[k].to(COMPUTE), gs[k].to(COMPUTE) * factor, states, h, FLAGS)
+        if TARGET == 0:
+            tl.store(p_ptr + ats[k], result.to(DTYPE), mask=masks[k])
+        else:
+            tl.store(g_ptr + ats[k], result.to(DTYPE), mask=masks[k])
+        for s in tl.static_range(STATES):
+            tl.store(state_ptrs[s] + ats[k], states[s].to(DTYPE), mask=masks[k])
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def step(
+    tiles_ptr,
+    tensors_ptr,
+    addresses_ptr,
+    constants_ptr,
+    partials_ptr,
+    n_tensors,
+    RULE: tl.constexpr,
+    FLAGS: tl.constexpr,
+    STATES: tl.constexpr,
+    TARGET: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STRIDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
+
+    p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
+    result (0 for p, 1 for g).
+    """
+    tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
+    tensor = tl.load(tile_ptr)
+    constants_ptr += tensor * CONSTANTS
+    if tl.load(constants_ptr + ACTIVE) != 0.0:
+        _update_tile(
+            tile_ptr,
+            tensor,
+            constants_ptr,
+            tensors_ptr,
+            addresses_ptr,
+            partials_ptr,
+            n_tensors,
+            RULE,
+            FLAGS,
+            STATES,
+            TARGET,
+            DTYPE,
+            COMPUTE,
+            ROWS,
+            COLUMNS,
+            CHUNKS,
+            VECTOR,
+            STRIDED,
+            SPLIT,
+            PARTS,
+            PREFETCH,
+        )
