@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,13 @@ from agc_triton import dispatch
 from agc_triton.reference import clip_factors, clip_grad_, unit_norms
 from agc_triton.rule import Clip
 from agc_triton.units import norm_dims, resolve_unit_dim
-from agc_triton.validation import check_grad, check_options, check_param
+from agc_triton.validation import (
+    AGC_OPTIONS,
+    check_grad,
+    check_options,
+    check_param,
+    tensor_name,
+)
 
 
 def unitwise_norm(tensor: Tensor, unit_dim: int | None = None) -> Tensor:
@@ -57,32 +65,62 @@ def adaptive_clip_grad_(
     check_options({"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}, "")
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if clipping:
-        clip_grads_(params, Clip(clipping, agc_eps, unit_dim), backend, "parameter {}".format)
+        options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
+        clip_groups_([{"params": params, **options}], backend, _clipper(params))
 
 
-def clip_grads_(
-    params: Sequence[Tensor], clip: Clip, backend: str, name: Callable[[int], str]
+# Plans of the latest callers; they keep no parameter alive.
+_clippers: OrderedDict[tuple[int, ...], dispatch.Clipper] = OrderedDict()
+_CLIPPERS = 8
+
+
+def _clipper(params: list[Tensor]) -> dispatch.Clipper:
+    key = tuple(map(id, params))
+    clipper = _clippers.setdefault(key, dispatch.Clipper())
+    _clippers.move_to_end(key)
+    while len(_clippers) > _CLIPPERS:
+        _clippers.popitem(last=False)
+    return clipper
+
+
+def clip_groups_(
+    groups: Sequence[Mapping[str, Any]], backend: str, clipper: dispatch.Clipper
 ) -> None:
-    """Check all gradients, then clip them in place; ``name(i)`` is what messages call params[i]."""
-    given = [(i, p, p.grad) for i, p in enumerate(params) if p.grad is not None]
-    for i, param, grad in given:
-        check_param(param, clip.unit_dim, name(i))
-        check_grad(param, grad, name(i))
-        if grad.layout is not torch.strided:
-            _check_sparse_rows(param, grad, clip, name(i))
-    for _, param, grad in given:
-        if grad.layout is torch.strided:
-            clip_grad_(param, grad, clip)
-        else:
-            _clip_sparse_rows_(param, grad, clip)
+    """Check all gradients of all groups, then clip them in place; clipping 0 or None skips a group.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `adaptive_clip_grad_`; nothing has been changed.
+    """
+    for index, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            if group["clipping"] and param.grad is not None:
+                _check(param, param.grad, group, index, i)
+    for group, params in zip(groups, clipper.clip_(groups, backend), strict=True):
+        if not group["clipping"]:
+            continue
+        clip = Clip(*(group[key] for key in AGC_OPTIONS))
+        for param in params:
+            if param.grad is None:
+                continue
+            if param.grad.layout is torch.strided:
+                clip_grad_(param, param.grad, clip)
+            else:
+                _clip_sparse_rows_(param, param.grad, clip)
 
 
-def _check_sparse_rows(param: Tensor, grad: Tensor, clip: Clip, name: str) -> None:
+def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
+    check_param(param, group["unit_dim"], group, index, i)
+    check_grad(param, grad, group, index, i)
+    if grad.layout is not torch.strided:
+        _check_sparse_rows(param, grad, group["unit_dim"], tensor_name(group, index, i))
+
+
+def _check_sparse_rows(param: Tensor, grad: Tensor, unit_dim: int | None, name: str) -> None:
     if (
         grad.layout is not torch.sparse_coo
         or param.dim() != 2
         or grad.sparse_dim() != 1
-        or resolve_unit_dim(param.shape, clip.unit_dim) not in (None, 0)
+        or resolve_unit_dim(param.shape, unit_dim) not in (None, 0)
     ):
         raise RuntimeError(
             f"the sparse gradient of {name} cannot be clipped: only row-sparse COO gradients of"

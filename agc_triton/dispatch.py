@@ -6,13 +6,13 @@ import functools
 import importlib
 import importlib.metadata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from agc_triton.plan import OptimizerPlan
+from agc_triton.plan import ClipPlan, OptimizerPlan
 from agc_triton.units import memory_order
 from agc_triton.validation import tensor_name
 
@@ -140,6 +140,52 @@ def plan(optimizer: AGCOptimizer, previous: OptimizerPlan | None) -> OptimizerPl
     if not any(taken):
         return None
     return OptimizerPlan(optimizer, taken, _launch().StepLauncher, previous)
+
+
+class Clipper:
+    """Clips the gradients of parameter groups in place, with a plan that is kept between calls."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._taken: list[set[int]] = []
+        self._plan: ClipPlan | None = None
+
+    def clip_(self, groups: Sequence[Mapping[str, Any]], backend: str) -> list[list[Tensor]]:
+        """Clip what the kernels take; returns, per group, the parameters that they do not.
+
+        Raises:
+            RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take.
+        """
+        key = tuple(
+            (*map(id, group["params"]), group["unit_dim"], bool(group["clipping"]))
+            for group in groups
+        )
+        if self._plan is None or key != self._key or not self._plan.refresh(groups):
+            self._key, self._plan = key, None
+            taken = [
+                [p for p in eligible(backend, group, index) if not _is_sparse(p.grad)]
+                if group["clipping"]
+                else []
+                for index, group in enumerate(groups)
+            ]
+            self._taken = [{id(p) for p in params} for params in taken]
+            if any(taken):
+                self._plan = ClipPlan(groups, taken, _launch().StepLauncher)
+                refreshed(self._plan.refresh(groups))
+        if self._plan is not None:
+            self._plan.run()
+        pairs = zip(groups, self._taken, strict=True)
+        return [[p for p in group["params"] if id(p) not in ids] for group, ids in pairs]
+
+
+def _is_sparse(grad: Tensor | None) -> bool:
+    return grad is not None and grad.layout is not torch.strided
+
+
+def refreshed(fits: bool) -> None:
+    """Refuse to launch with tables that do not hold what is there now."""
+    if not fits:
+        raise AssertionError("a new plan does not fit what it was made from; please report this")
 
 
 @functools.cache

@@ -95,7 +95,6 @@ class FusedStep:
         members: parameters: dense, not empty, of one device and dtype.
         groups: the options of all groups.
         counts: fp32 step counts on the device, one per member.
-        unaligned: indices of members whose gradient has been met at an odd address.
         launcher: `agc_triton.kernels.launch.StepLauncher`.
     """
 
@@ -105,11 +104,10 @@ class FusedStep:
         members: Sequence[Member],
         groups: Sequence[Mapping[str, Any]],
         counts: Tensor,
-        unaligned: set[int],
         launcher: Callable[..., Any],
     ) -> None:
         params = [member.param for member in members]
-        self.rule, self.unaligned = rule, set(unaligned)
+        self.rule = rule
         self.flags = rule.flags(groups[members[0].group])
         self.dtype = params[0].dtype
         self.frozen = False
@@ -119,9 +117,10 @@ class FusedStep:
         self._orders = [memory_order(p) for p in params]
         roles = [params, *([m.states[s] for m in members] for s in range(n_states))]
         self._addresses = [list(map(_data_ptr, tensors)) for tensors in roles]
+        grads = [0 if p.grad is None else p.grad.data_ptr() for p in params]
         self._aligned = [
-            i not in self.unaligned and all(a[i] % ALIGNMENT == 0 for a in self._addresses)
-            for i in range(len(members))
+            all(address % ALIGNMENT == 0 for address in addresses)
+            for addresses in zip(grads, *self._addresses, strict=True)
         ]
         units = [
             TensorUnits(self._layout(i, m.param, groups[m.group]), self._aligned[i], m.group)
@@ -134,7 +133,8 @@ class FusedStep:
             self.tables.host_addresses[2 + s] = addresses
         self.launcher = launcher(self.plan, self.tables, rule.name, self.flags, real)
         self._grads: list[int] = []
-        self._copies: list[Tensor] = []
+        # Gradients laid out unlike their parameter, and the copies that stand in for them.
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self._groups: dict[int, dict[str, Any]] = {m.group: {} for m in members}
         self._structure = {g: _structure(groups[g]) for g in self._groups}
         self._changed = True
@@ -168,6 +168,9 @@ class FusedStep:
             self.tables.upload(capturing)
             self._changed = False
         self.launcher.fire(grad_scale, found_inf)
+        if self.rule is CLIP_ONLY:
+            for original, copy in self._copies:
+                original.copy_(copy)
         self._copies = []
 
     def _refresh_grads(self, params: list[Tensor]) -> bool:
@@ -194,17 +197,18 @@ class FusedStep:
             if grad.layout is not torch.strided:
                 return False
             if memory_order(grad) != self._orders[i] or grad.is_conj() or grad.is_neg():
-                grad = grads[i] = torch.empty_like(params[i]).copy_(grad)
-                self._copies.append(grad)
+                original, grad = grad, torch.empty_like(params[i]).copy_(grad)
+                self._copies.append((original, grad))
+                grads[i] = grad
             addresses.append(grad.data_ptr())
         return addresses == self._grads or self._new_grads(addresses, grads)
 
     def _new_grads(self, addresses: list[int], grads: list[Any]) -> bool:
         if any(g is not None and g.dtype != self.dtype for g in grads):
             return False
-        odd = {i for i, a in enumerate(addresses) if a % ALIGNMENT and self._aligned[i]}
-        if odd:
-            self.unaligned |= odd
+        if any(
+            a % ALIGNMENT and aligned for a, aligned in zip(addresses, self._aligned, strict=True)
+        ):
             return False
         self.tables.host_addresses[1] = addresses
         self._grads = addresses

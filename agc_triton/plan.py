@@ -1,14 +1,16 @@
-"""An optimizer's plan on the Triton path: which parameters are stepped together, kept until stale."""
+"""Plans on the Triton path: which tensors go through the kernels together, kept until stale."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from agc_triton.fused import FusedStep, Member
+from agc_triton.fused import CLIP_ONLY, FusedStep, Member
 from agc_triton.units import memory_order
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class OptimizerPlan:
         optimizer: the optimizer; states of parameters with a gradient are created.
         eligible: per group, the parameters that the kernels can take.
         launcher: `agc_triton.kernels.launch.StepLauncher`.
-        previous: the plan before, whose step counts and alignment notes carry over.
+        previous: the plan before, whose step counts carry over.
     """
 
     def __init__(
@@ -95,12 +97,8 @@ class OptimizerPlan:
             self.counts[param] = count
             if "step" in (entry := optimizer.state.get(param, {})):
                 entry["step"] = count
-        unaligned = set()
-        if self._previous is not None:
-            known = self._previous.unaligned()
-            unaligned = {i for i, p in enumerate(params) if p in known}
         groups = optimizer.param_groups
-        step = FusedStep(optimizer.rule.kernel, members, groups, counts, unaligned, launcher)
+        step = FusedStep(optimizer.rule.kernel, members, groups, counts, launcher)
         entries = [optimizer.state.get(p, {}) for p in params]
         roles = [
             next(key for key, value in entries[0].items() if value is state)
@@ -112,10 +110,6 @@ class OptimizerPlan:
         """Groups of the parameters that take the torch path."""
         pairs = zip(groups, self._rest, strict=True)
         return [{**group, "params": params} for group, params in pairs if params]
-
-    def unaligned(self) -> set[Tensor]:
-        """Parameters whose gradient has been met at an odd address."""
-        return {part.params[i] for part in self.parts for i in part.step.unaligned}
 
     def captured(self) -> list[FusedStep]:
         """Steps that a captured graph may replay."""
@@ -148,6 +142,45 @@ class OptimizerPlan:
         for part in self.parts:
             device = part.params[0].device
             part.step.run(_on(grad_scale, device), _on(found_inf, device), capturing)
+
+
+class ClipPlan:
+    """Clips the gradients of groups of parameters, none of which it keeps alive.
+
+    Args:
+        groups: ``params``, ``clipping``, ``agc_eps`` and ``unit_dim`` of each.
+        eligible: per group, the parameters that the kernels can take.
+        launcher: `agc_triton.kernels.launch.StepLauncher`.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        eligible: Sequence[list[Tensor]],
+        launcher: Callable[..., Any],
+    ) -> None:
+        members: defaultdict[tuple[Any, ...], list[Member]] = defaultdict(list)
+        for index, params in enumerate(eligible):
+            for param in params:
+                members[param.device, param.dtype].append(Member(param, (), index))
+        self._parts: list[tuple[FusedStep, list[weakref.ref[Tensor]]]] = []
+        for list_ in members.values():
+            counts = torch.zeros(len(list_), device=list_[0].param.device)
+            step = FusedStep(CLIP_ONLY, list_, groups, counts, launcher)
+            self._parts.append((step, [weakref.ref(member.param) for member in list_]))
+
+    def refresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the plan fits these groups; its tables are then up to date."""
+        for step, refs in self._parts:
+            params = [p for p in (ref() for ref in refs) if p is not None]
+            if len(params) != len(refs) or not step.refresh(params, [], groups):
+                return False
+        return True
+
+    def run(self) -> None:
+        """Launch everything."""
+        for step, _ in self._parts:
+            step.run(None, None, False)
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:

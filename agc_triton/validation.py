@@ -47,11 +47,13 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
     if not group["clipping"]:
         return
     for i, param in enumerate(group["params"]):
-        check_param(param, group["unit_dim"], tensor_name(group, index, i))
+        check_param(param, group["unit_dim"], group, index, i)
 
 
-def check_param(param: Tensor, unit_dim: int | None, name: str) -> None:
-    """Check that a parameter has units.
+def check_param(
+    param: Tensor, unit_dim: int | None, group: Mapping[str, Any], index: int, i: int
+) -> None:
+    """Check that a parameter, the i-th of group ``index``, has units.
 
     Raises:
         TypeError: an FSDP1 flat parameter.
@@ -59,16 +61,16 @@ def check_param(param: Tensor, unit_dim: int | None, name: str) -> None:
     """
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         raise TypeError(
-            f"{name} is flattened by FullyShardedDataParallel (FSDP1), which leaves no units to"
-            " clip; use torch.distributed.fsdp.fully_shard (FSDP2) or clipping=0"
+            f"{tensor_name(group, index, i)} is flattened by FullyShardedDataParallel"
+            " (FSDP1), which leaves no units to clip; use torch.distributed.fsdp.fully_shard (FSDP2) or clipping=0"
         )
     try:
         resolve_unit_dim(param.shape, unit_dim)
     except ValueError as error:
-        raise ValueError(f"{error}: {name}") from None
+        raise ValueError(f"{error}: {tensor_name(group, index, i)}") from None
 
 
-def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
+def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
     """Check that a dense gradient can be clipped against its parameter.
 
     Raises:
@@ -79,7 +81,7 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
         if ours != theirs:
             raise RuntimeError(
                 f"the gradient's {what} ({theirs}) differs from the parameter's ({ours}) for"
-                f" {name}; make them equal before step()"
+                f" {tensor_name(group, index, i)}; make them equal before step()"
             )
 
 

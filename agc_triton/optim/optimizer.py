@@ -136,10 +136,8 @@ class AGCOptimizer(Optimizer):
             for index, group in enumerate(self.param_groups):
                 self._check_step(group, index)
             self._plan = dispatch.plan(self, self._plan)
-            if self._plan is not None and not self._plan.refresh(self, capturing):
-                raise RuntimeError(
-                    "the plan does not fit what it was made from"
-                )  # pragma: no cover
+            if self._plan is not None:
+                dispatch.refreshed(self._plan.refresh(self, capturing))
         if self._plan is None:
             self._step_torch(self.param_groups, scale, found_inf)
         else:
@@ -183,7 +181,7 @@ class AGCOptimizer(Optimizer):
                     f" {tensor_name(group, index, i)}; wrap an optimizer that does"
                     " (agc_triton.AGC(torch.optim.SparseAdam(...))), or set clipping=0"
                 )
-            check_grad(param, grad, tensor_name(group, index, i))
+            check_grad(param, grad, group, index, i)
 
     def _graph_capture_check(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None)

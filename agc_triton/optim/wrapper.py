@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from agc_triton.clipping import clip_grads_
+from agc_triton.clipping import clip_groups_
+from agc_triton.dispatch import Clipper
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer
-from agc_triton.rule import Clip
-from agc_triton.validation import AGC_OPTIONS, check_group, tensor_name
+from agc_triton.validation import AGC_OPTIONS, check_group
 
 
 class AGC(Optimizer):
@@ -50,6 +49,7 @@ class AGC(Optimizer):
         for index, group in enumerate(optimizer.param_groups):
             check_group({**options, **group}, index)
         self.optimizer = optimizer
+        self._clipper = Clipper()
         optimizer.defaults.update(options)
         self._fill_groups([optimizer.defaults] * len(optimizer.param_groups))
 
@@ -72,12 +72,11 @@ class AGC(Optimizer):
 
     @torch.no_grad()
     def _clip(self) -> None:
+        # The base may have been given groups of its own since.
+        self._fill_groups([self.defaults] * len(self.param_groups))
         for index, group in enumerate(self.param_groups):
             check_group(group, index)
-        for index, group in enumerate(self.param_groups):
-            if group["clipping"]:
-                clip = Clip(*(group[key] for key in AGC_OPTIONS))
-                clip_grads_(group["params"], clip, "auto", partial(tensor_name, group, index))
+        clip_groups_(self.param_groups, "auto", self._clipper)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base.
@@ -139,6 +138,7 @@ class AGC(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the base optimizer."""
         self.__dict__.update(state)
+        self._clipper = Clipper()
 
     def __repr__(self) -> str:
         return f"AGC({self.optimizer!r})"
