@@ -116,11 +116,12 @@ class FusedStep:
         self._strides = None if all(map(_is_contiguous, params)) else list(map(_stride, params))
         self._orders = [memory_order(p) for p in params]
         roles = [params, *([m.states[s] for m in members] for s in range(n_states))]
-        self._addresses = [list(map(_data_ptr, tensors)) for tensors in roles]
+        addresses = [list(map(_data_ptr, tensors)) for tensors in roles]
+        self._addresses = addresses[0]
         grads = [0 if p.grad is None else p.grad.data_ptr() for p in params]
         self._aligned = [
-            all(address % ALIGNMENT == 0 for address in addresses)
-            for addresses in zip(grads, *self._addresses, strict=True)
+            all(address % ALIGNMENT == 0 for address in of_tensor)
+            for of_tensor in zip(grads, *addresses, strict=True)
         ]
         units = [
             TensorUnits(self._layout(i, m.param, groups[m.group]), self._aligned[i], m.group)
@@ -128,9 +129,8 @@ class FusedStep:
         ]
         self.plan = plan_buckets(units, real.itemsize, n_states)
         self.tables = Tables(2 + n_states, len(groups), counts)
-        self.tables.host_addresses[0] = self._addresses[0]
-        for s, addresses in enumerate(self._addresses[1:]):
-            self.tables.host_addresses[2 + s] = addresses
+        for role, of_role in zip((0, *range(2, 2 + n_states)), addresses, strict=True):
+            self.tables.host_addresses[role] = of_role
         self.launcher = launcher(self.plan, self.tables, rule.name, self.flags, real)
         self._grads: list[int] = []
         # Gradients laid out unlike their parameter, and the copies that stand in for them.
@@ -145,21 +145,13 @@ class FusedStep:
         layout = unit_layout(param.shape, order, group["unit_dim"])
         return layout._replace(inner=2 * layout.inner) if param.is_complex() else layout
 
-    def refresh(
-        self,
-        params: list[Tensor],
-        states: list[list[Tensor]],
-        groups: Sequence[Mapping[str, Any]],
-    ) -> bool:
-        """Compare everything with the tables; False if this plan does not fit any more."""
-        if list(map(_data_ptr, params)) != self._addresses[0]:
+    def refresh(self, params: list[Tensor], groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Compare parameters, gradients and options with the tables; False if they do not fit."""
+        if list(map(_data_ptr, params)) != self._addresses:
             return False
-        for role, tensors in enumerate(states, 1):
-            if list(map(_data_ptr, tensors)) != self._addresses[role]:
-                return False
-        return self._refresh_grads(params) and all(
-            self._refresh_group(g, groups[g]) for g in self._groups
-        )
+        if not self._refresh_grads(params):
+            return False
+        return all(self._refresh_group(index, groups[index]) for index in self._groups)
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Upload what has changed and launch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """A fused step and what it is run on; ``states`` are the entries of optimizer.state."""
+    """A fused step and what it is run on.
+
+    ``states`` has, per role, its key in the parameters' ``entries`` of optimizer.state and the
+    tensors that lie in the tables.
+    """
 
     step: FusedStep
     params: list[Tensor]
-    states: list[dict[str, Any]]
-    roles: list[str]
+    entries: list[dict[str, Any]]
+    states: list[tuple[str, list[Tensor]]]
 
 
 class OptimizerPlan:
@@ -100,11 +105,11 @@ class OptimizerPlan:
         groups = optimizer.param_groups
         step = FusedStep(optimizer.rule.kernel, members, groups, counts, launcher)
         entries = [optimizer.state.get(p, {}) for p in params]
-        roles = [
-            next(key for key, value in entries[0].items() if value is state)
-            for state in members[0].states
-        ]
-        return Part(step, params, entries, roles)
+        states = []
+        for tensors in zip(*(member.states for member in members), strict=True):
+            key = next(key for key, value in entries[0].items() if value is tensors[0])
+            states.append((key, list(tensors)))
+        return Part(step, params, entries, states)
 
     def rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Groups of the parameters that take the torch path."""
@@ -120,20 +125,17 @@ class OptimizerPlan:
         groups, state = optimizer.param_groups, optimizer.state
         if [len(group["params"]) for group in groups] != self._sizes or state is not self._state:
             return False
-        if len(state) != len(self._entries) or not all(
-            entry is known for entry, known in zip(state.values(), self._entries, strict=True)
-        ):
+        if len(state) != len(self._entries) or not all(map(is_, state.values(), self._entries)):
             return False
         if any(p.grad is not None for p in self.idle):
             return False
-        for step, params, entries, roles in self.parts:
+        for step, params, entries, states in self.parts:
             if step.frozen and not capturing:
                 return False
-            try:
-                states = [[entry[role] for entry in entries] for role in roles]
-            except KeyError:
-                return False
-            if not step.refresh(params, states, groups):
+            for key, tensors in states:
+                if not all(map(is_, map(itemgetter(key), entries), tensors)):
+                    return False
+            if not step.refresh(params, groups):
                 return False
         return True
 
@@ -173,7 +175,7 @@ class ClipPlan:
         """Whether the plan fits these groups; its tables are then up to date."""
         for step, refs in self._parts:
             params = [p for p in (ref() for ref in refs) if p is not None]
-            if len(params) != len(refs) or not step.refresh(params, [], groups):
+            if len(params) != len(refs) or not step.refresh(params, groups):
                 return False
         return True
 

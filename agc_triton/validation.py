@@ -62,7 +62,8 @@ def check_param(
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         raise TypeError(
             f"{tensor_name(group, index, i)} is flattened by FullyShardedDataParallel"
-            " (FSDP1), which leaves no units to clip; use torch.distributed.fsdp.fully_shard (FSDP2) or clipping=0"
+            " (FSDP1), which leaves no units to clip; use torch.distributed.fsdp.fully_shard"
+            " (FSDP2) or clipping=0"
         )
     try:
         resolve_unit_dim(param.shape, unit_dim)
