@@ -1,0 +1,94 @@
+"""A small normalizer-free residual network for 8x8 grey images.
+
+NF-ResNet (Brock et al. 2021, arXiv 2101.08692) in its pre-activation form, with the SkipInit scalar
+of NFNet (arXiv 2102.06171): no batch statistics anywhere, so nothing but the weights' scale and
+the optimizer keeps the signal in range.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# 1 / sqrt(Var[relu(x)]) for x ~ N(0, 1): with it the activation keeps unit variance.
+RELU_GAMMA = math.sqrt(2 / (1 - 1 / math.pi))
+
+
+def scaled_relu(x: Tensor) -> Tensor:
+    """ReLU times its variance-preserving gain."""
+    return F.relu(x) * RELU_GAMMA
+
+
+class ScaledStdConv2d(nn.Conv2d):
+    """Convolution whose filters have mean 0 and variance 1 / fan_in, times a learnable gain."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+        nn.init.kaiming_normal_(self.weight, nonlinearity="linear")
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]  # bias=True above
+        self.gain = nn.Parameter(torch.ones(out_channels, 1, 1, 1))
+
+    def standardized_weight(self) -> Tensor:
+        """The weight the convolution uses."""
+        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        fan_in = self.weight[0].numel()
+        return (self.weight - mean) * torch.rsqrt(var * fan_in + 1e-4) * self.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve with the standardized weight."""
+        return self._conv_forward(x, self.standardized_weight(), self.bias)
+
+
+class NFBlock(nn.Module):
+    """``h + alpha * skip_gain * f(h / beta)``, where beta is the expected std of h."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, alpha: float, beta: float):
+        super().__init__()
+        self.alpha, self.beta = alpha, beta
+        self.conv1 = ScaledStdConv2d(in_channels, channels, 3, stride)
+        self.conv2 = ScaledStdConv2d(channels, channels, 3)
+        self.shortcut = ScaledStdConv2d(in_channels, channels, 1, stride) if stride > 1 else None
+        self.skip_gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Add the residual branch to the shortcut."""
+        x = scaled_relu(h / self.beta)
+        shortcut = h if self.shortcut is None else self.shortcut(x)
+        branch = self.conv2(scaled_relu(self.conv1(x)))
+        return shortcut + self.alpha * self.skip_gain * branch
+
+
+class NFNet(nn.Module):
+    """Stem, stages of residual blocks (each but the first halves the image), pooling, head."""
+
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (16, 32),
+        depth: int = 2,
+        alpha: float = 0.2,
+        classes: int = 10,
+    ):
+        super().__init__()
+        self.stem = ScaledStdConv2d(1, widths[0], 3, stride=2)
+        blocks: list[NFBlock] = []
+        channels, expected_var = widths[0], 1.0
+        for stage, width in enumerate(widths):
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(NFBlock(channels, width, stride, alpha, math.sqrt(expected_var)))
+                # A block that changes the shape puts unit variance on its shortcut.
+                expected_var = (1.0 if stride > 1 else expected_var) + alpha**2
+                channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits of (N, 1, 8, 8) images of unit variance."""
+        features = scaled_relu(self.blocks(self.stem(images)))
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits

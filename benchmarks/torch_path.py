@@ -1,0 +1,120 @@
+"""One step of the torch path on NFNet-F0's parameters, beside timm's AGC and torch.optim.
+
+python -m benchmarks.torch_path            every implementation
+python -m benchmarks.torch_path --quick    the most telling ones, in half a minute
+python -m benchmarks.torch_path --sweep    what BLOCK in agc_triton/reference.py is chosen from
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from agc_triton import reference
+from benchmarks.providers import OPTIMIZERS, Provider, Role, Step, providers
+from benchmarks.runner import COLUMNS, Rounds, measure
+from benchmarks.shapes import Workload, random_workload
+
+MODEL = "dm_nfnet_f0"
+THREADS = 2
+BLOCKS = [1 << n for n in range(15, 22)]
+SHOWN = [
+    *("optimizer", "implementation", "median_ms", "p20_ms", "p80_ms"),
+    *("ratio_to_unclipped", "ratio_to_best_peer", "peak_extra_share", "share_of_units_clipped"),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table and what follows from it, write the CSV."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.torch_path",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and implementations")
+    parser.add_argument("--sweep", action="store_true", help="block sizes instead of peers")
+    parser.add_argument("--out", type=Path, help="default: out/torch_path[_sweep].csv")
+    args = parser.parse_args(argv)
+
+    torch.set_num_threads(THREADS)
+    workload = random_workload(MODEL)
+    rounds = Rounds(warmup=1, timed=5) if args.quick else Rounds(warmup=3, timed=20)
+    run = _sweep if args.sweep else _compare
+    tables = [run(optimizer, workload, rounds, args.quick) for optimizer in args.optimizers]
+    table = pd.concat(tables, ignore_index=True)
+
+    print(table.to_string(columns=SHOWN, index=False, float_format="{:.3f}".format))
+    for optimizer, rows in table.groupby("optimizer", sort=False):
+        print(f"{optimizer}: {_fastest_block(rows) if args.sweep else _speed_up(rows)}")
+    out = args.out or Path("out", "torch_path_sweep.csv" if args.sweep else "torch_path.csv")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    columns = [*COLUMNS, "block"] if args.sweep else COLUMNS
+    table.to_csv(out, columns=columns, index=False)
+    print(f"written to {out}")
+
+
+def _compare(optimizer: str, workload: Workload, rounds: Rounds, quick: bool) -> pd.DataFrame:
+    compared = [p for p in providers(optimizer) if p.quick or not quick]
+    return measure(optimizer, compared, workload, rounds)
+
+
+def _sweep(optimizer: str, workload: Workload, rounds: Rounds, quick: bool) -> pd.DataFrame:
+    """Ours with every block size, and torch.optim without clipping to hold it against."""
+    known = [p for p in providers(optimizer) if p.quick]
+    (ours,) = (p for p in known if p.role == "ours")
+    (unclipped,) = (p for p in known if p.role == "unclipped")
+    table = measure(
+        optimizer, [unclipped, *(with_block(ours, block) for block in BLOCKS)], workload, rounds
+    )
+    return table.assign(block=pd.array([None, *BLOCKS], dtype="Int64"))
+
+
+def with_block(provider: Provider, block: int) -> Provider:
+    """The provider with ``reference.BLOCK`` replaced while it makes a step."""
+
+    def build(params: list[Tensor]) -> Step:
+        step = provider.build(params)
+
+        def step_with_block() -> None:
+            with mock.patch.object(reference, "BLOCK", block):
+                step()
+
+        return step_with_block
+
+    return provider._replace(
+        implementation=f"{provider.implementation}, BLOCK = {block}", build=build
+    )
+
+
+def _speed_up(rows: pd.DataFrame) -> str:
+    ours, peer = _fastest(rows, "ours"), _fastest(rows, "peer")
+    return (
+        f"{ours['implementation']} takes {ours['median_ms']:.0f} ms a step,"
+        f" {ours['ratio_to_best_peer']:.2f} times as fast as {peer['implementation']}"
+        f" ({peer['median_ms']:.0f} ms), {ours['ratio_to_unclipped']:.2f} times the unclipped step;"
+        f" peak extra memory {ours['peak_extra_share']:.1%} of the parameters"
+    )
+
+
+def _fastest_block(rows: pd.DataFrame) -> str:
+    best = _fastest(rows, "ours")
+    return (
+        f"fastest with BLOCK = {best['block']} ({best['median_ms']:.0f} ms);"
+        f" reference.py has {reference.BLOCK}"
+    )
+
+
+def _fastest(rows: pd.DataFrame, role: Role) -> pd.Series[Any]:
+    return rows[rows["role"] == role].sort_values("median_ms").iloc[0]
+
+
+if __name__ == "__main__":
+    main()
