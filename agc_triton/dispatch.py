@@ -1,4 +1,4 @@
-"""Which backend steps a parameter, and why: the only file that imports kernels, and only on need."""
+"""Which backend steps a parameter, and why; the only file that imports kernels, on need."""
 
 from __future__ import annotations
 
@@ -80,16 +80,24 @@ def check_group_backend(backend: str, group: Mapping[str, Any], index: int) -> N
         )
 
 
-def unsupported(param: Tensor) -> str | None:
-    """Why the kernels cannot take a parameter whatever its group says, or None."""
+def why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | None:
+    """Why a parameter takes the torch path, or None if the kernels take it."""
+    if backend == "torch":
+        return "backend='torch'"
+    if option := asks_for_torch(group):
+        return option
+    if param.numel() == 0:
+        return "it is empty"
+    if not param.is_cuda and (backend == "auto" or not _launch().interpreted()):
+        return f"it is on {param.device}, and Triton needs a GPU"
+    if missing := kernels_missing():
+        return missing
     if type(param) not in (Tensor, torch.nn.Parameter):
         return f"a {type(param).__name__} is not a plain tensor"
     if param.dtype.to_real() not in DTYPES:
         return f"its dtype is {param.dtype}"
     if memory_order(param) is None:
         return "it is not dense in memory"
-    if not param.is_cuda and not _launch().interpreted():
-        return f"it is on {param.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
     return None
 
 
@@ -106,24 +114,17 @@ def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]
     Raises:
         RuntimeError: ``backend="triton"`` and one that they cannot take.
     """
-    if backend == "torch" or asks_for_torch(group):
-        return []
-    if backend == "auto" and (reason := kernels_missing()):
-        if any(p.is_cuda for p in group["params"]):
-            _warn_once(f"CUDA parameters take the torch path: {reason}")
-        return []
     taken = []
     for i, param in enumerate(group["params"]):
-        if param.numel() == 0 or (backend == "auto" and not param.is_cuda):
-            continue
-        reason = unsupported(param)
+        reason = why_torch(backend, group, param)
         if reason is None:
             taken.append(param)
-        elif backend == "triton":
+        elif backend == "triton" and param.numel() > 0:
             name = tensor_name(group, index, i)
             raise RuntimeError(f"backend='triton' cannot step {name}: {reason}")
-        else:
-            _warn_once(f"a CUDA parameter takes the torch path: {reason}")
+        elif backend == "auto" and param.is_cuda and param.numel() > 0:
+            if not asks_for_torch(group):
+                _warn_once(f"CUDA parameters take the torch path: {reason}")
     return taken
 
 

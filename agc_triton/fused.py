@@ -35,7 +35,7 @@ _is_contiguous = Tensor.is_contiguous
 _stride = Tensor.stride
 
 
-CLIP_ONLY = KernelRule("clip", lambda group: 0, lambda group: ())
+CLIP_ONLY = KernelRule("clip", lambda group: 0, lambda group: 0, lambda group: ())
 
 
 class Member(NamedTuple):

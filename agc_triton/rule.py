@@ -33,12 +33,14 @@ class TensorLists(NamedTuple):
 class KernelRule(NamedTuple):
     """How a group's options become a kernel rule's arguments.
 
-    ``name`` is the rule in kernels/rules.py, ``flags(group)`` its compile-time options and
-    ``hyper(group)`` its raw values: numbers or one-element tensors.
+    ``name`` is the rule in kernels/rules.py, ``flags(group)`` its compile-time options,
+    ``states(group)`` how many state tensors a parameter has, and ``hyper(group)`` the rule's raw
+    values: numbers or one-element tensors.
     """
 
     name: str
     flags: Callable[[Mapping[str, Any]], int]
+    states: Callable[[Mapping[str, Any]], int]
     hyper: Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 

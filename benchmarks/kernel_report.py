@@ -175,14 +175,8 @@ def bucket_row(
         "access_bits": width,
         "loads_per_element": role_loads if exact else float("nan"),
         "stores_per_element": role_stores if exact else float("nan"),
-        "bytes_per_parameter": bytes_per_parameter(bucket, dtype, states),
+        "bytes_per_parameter": bucket.bytes_moved(dtype.itemsize, states) / bucket.elements,
     }
-
-
-def bytes_per_parameter(bucket: Bucket, dtype: torch.dtype, states: int) -> int:
-    """Read p, g and states, write p and states; a split unit's p and g are read twice."""
-    accesses = (2 + states) + (1 + states) + (2 if bucket.shape.split else 0)
-    return accesses * dtype.itemsize
 
 
 def report(
@@ -196,7 +190,7 @@ def report(
         plan = plan_model(model, dtype, states)
         many = plan_model(model, dtype, states, groups=50)
         elements = sum(bucket.elements for bucket in plan.buckets)
-        moved = sum(b.elements * bytes_per_parameter(b, dtype, states) for b in plan.buckets)
+        moved = sum(b.bytes_moved(dtype.itemsize, states) for b in plan.buckets)
         compile_begin(plan, OPTIMIZERS[optimizer][0], dtype, arch)
         for bucket in plan.buckets:
             rows.append(

@@ -48,12 +48,16 @@ def _flags(group: Mapping[str, Any]) -> int:
     return int(group["amsgrad"])
 
 
+def _states(group: Mapping[str, Any]) -> int:
+    return 2 + int(group["amsgrad"])
+
+
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
     return (*options, float(group.get("decoupled_weight_decay", False)))
 
 
-ADAM = Rule(_update, _fused_update, KernelRule("adam", _flags, _hyper))
+ADAM = Rule(_update, _fused_update, KernelRule("adam", _flags, _states, _hyper))
 
 
 def adam_lists(optimizer: Any, group: dict[str, Any]) -> TensorLists:

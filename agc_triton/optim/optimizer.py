@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+from pandas import DataFrame
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from agc_triton import dispatch, reference
+from agc_triton.explain import explain
 from agc_triton.plan import OptimizerPlan
 from agc_triton.rule import Clip, Rule, TensorLists
 from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, tensor_name
@@ -128,6 +130,19 @@ class AGCOptimizer(Optimizer):
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._step_groups()
         return loss
+
+    def explain(self, bandwidth: float = 3.0e12) -> DataFrame:
+        """What a step does, one row per launch that updates parameters, and a total.
+
+        Args:
+            bandwidth: bytes per second of the device's memory, for the floor in ms; the default is
+                about what a copy reaches on an H100.
+
+        Returns:
+            columns backend, why, device, dtype, class, tensors, units, elements, tile (rows x
+            columns x chunks), num_warps, bytes, launches (of this package's kernels), floor_ms.
+        """
+        return explain(self, bandwidth)
 
     def _step_groups(self) -> None:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

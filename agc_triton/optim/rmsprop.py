@@ -31,6 +31,10 @@ def _flags(group: Mapping[str, Any]) -> int:
     return int(group["centered"]) + 2 * int(group["momentum"] > 0)
 
 
+def _states(group: Mapping[str, Any]) -> int:
+    return 1 + int(group["centered"]) + int(group["momentum"] > 0)
+
+
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(group[key] for key in ("lr", "alpha", "eps", "weight_decay", "momentum"))
 
@@ -38,7 +42,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
 class RMSprop_AGC(AGCOptimizer, RMSprop):
     """torch.optim.RMSprop with adaptive gradient clipping."""
 
-    rule = Rule(_update, None, KernelRule("rmsprop", _flags, _hyper))
+    rule = Rule(_update, None, KernelRule("rmsprop", _flags, _states, _hyper))
 
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
         params, grads, square_avgs, buffers, grad_avgs, steps = lists = [

@@ -49,6 +49,10 @@ def _flags(group: Mapping[str, Any]) -> int:
     return int(group["momentum"] != 0) + 2 * int(group["nesterov"])
 
 
+def _states(group: Mapping[str, Any]) -> int:
+    return int(group["momentum"] != 0)
+
+
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(group[key] for key in ("lr", "momentum", "dampening", "weight_decay"))
 
@@ -56,7 +60,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
 class SGD_AGC(AGCOptimizer, SGD):
     """torch.optim.SGD with adaptive gradient clipping."""
 
-    rule = Rule(_update, _fused_update, KernelRule("sgd", _flags, _hyper))
+    rule = Rule(_update, _fused_update, KernelRule("sgd", _flags, _states, _hyper))
 
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
         params: list[Tensor] = []

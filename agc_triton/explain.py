@@ -1,0 +1,93 @@
+"""What a step will do, as a table: buckets, tile shapes, bytes, launches; or why torch does it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from torch import Tensor
+
+from agc_triton import dispatch
+from agc_triton.buckets import Bucket, TensorUnits, plan_buckets
+from agc_triton.fused import ALIGNMENT
+from agc_triton.units import memory_order, resolve_unit_dim, unit_layout
+
+if TYPE_CHECKING:
+    from agc_triton.optim.optimizer import AGCOptimizer
+
+COLUMNS = [
+    *("backend", "why", "device", "dtype", "class", "tensors", "units", "elements", "tile"),
+    *("num_warps", "bytes", "launches", "floor_ms"),
+]
+
+
+def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
+    """The table behind `AGCOptimizer.explain`: every parameter, with or without a gradient."""
+    kernel = optimizer.rule.kernel
+    fused: defaultdict[tuple[Any, ...], list[TensorUnits]] = defaultdict(list)
+    others: defaultdict[tuple[Any, ...], list[tuple[Tensor, int, int]]] = defaultdict(list)
+    for index, group in enumerate(optimizer.param_groups):
+        states, flags = kernel.states(group), kernel.flags(group)
+        for param in group["params"]:
+            kind = (str(param.device), str(param.dtype).removeprefix("torch."))
+            reason = dispatch.why_torch(optimizer.backend, group, param)
+            if reason is None:
+                key = (*kind, param.dtype.to_real().itemsize, states, flags)
+                fused[key].append(_units(param, group["unit_dim"], index))
+            else:
+                dim = resolve_unit_dim(param.shape, group["unit_dim"])
+                count = 1 if dim is None else param.shape[dim]
+                others[(*kind, reason)].append((param, states, count))
+    rows = []
+    for (device, dtype, itemsize, states, _), tensors in fused.items():
+        rows.append(_row("triton", "", device, dtype, "begin", launches=1))
+        for bucket in plan_buckets(tensors, itemsize, states).buckets:
+            moved = bucket.bytes_moved(itemsize, states)
+            rows.append(_row("triton", "", device, dtype, **_describe(bucket), bytes=moved))
+    for (device, dtype, reason), members in others.items():
+        moved = sum(p.numel() * p.element_size() * (3 + 2 * states) for p, states, _ in members)
+        sizes = {
+            "tensors": len(members),
+            "units": sum(units for _, _, units in members),
+            "elements": sum(p.numel() for p, _, _ in members),
+            "bytes": moved,
+        }
+        rows.append(_row("torch", reason, device, dtype, "torch", **sizes))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    total = {key: table[key].sum() for key in ("tensors", "units", "elements", "bytes", "launches")}
+    table.loc[len(table)] = _row("", "", "", "", "total", **total)
+    table["floor_ms"] = table["bytes"] / bandwidth * 1e3
+    return table
+
+
+def _units(param: Tensor, unit_dim: int | None, group: int) -> TensorUnits:
+    order = memory_order(param)
+    assert order is not None  # the kernels take only dense parameters
+    layout = unit_layout(param.shape, order, unit_dim)
+    if param.is_complex():
+        layout = layout._replace(inner=2 * layout.inner)
+    return TensorUnits(layout, param.data_ptr() % ALIGNMENT == 0, group)
+
+
+def _describe(bucket: Bucket) -> dict[str, Any]:
+    shape = bucket.shape
+    kind = "split" if shape.split else "registers" if shape.rows == 1 else "rows"
+    promises = " strided" if shape.strided else "" if shape.vector > 1 else " unaligned"
+    return {
+        "kind": kind + promises,
+        "tensors": len(bucket.tensors),
+        "units": bucket.units,
+        "elements": bucket.elements,
+        "tile": f"{shape.rows} x {shape.columns} x {shape.chunks}",
+        "num_warps": shape.num_warps,
+        "launches": 1,
+    }
+
+
+def _row(
+    backend: str, why: str, device: str, dtype: str, kind: str, **given: Any
+) -> dict[str, Any]:
+    zeros = dict.fromkeys(("tensors", "units", "elements", "num_warps", "bytes", "launches"), 0)
+    start = {"backend": backend, "why": why, "device": device, "dtype": dtype, "class": kind}
+    return {**start, **zeros, "tile": "", "floor_ms": 0.0, **given}
