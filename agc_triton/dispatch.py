@@ -81,9 +81,12 @@ def check_group_backend(backend: str, group: Mapping[str, Any], index: int) -> N
 
 
 def why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | None:
-    """Why a parameter takes the torch path, or None if the kernels take it."""
+    """Why a parameter takes the torch path, or None if the kernels take it.
+
+    What the user asked for comes back as written: ``"torch"`` or, for example, ``"foreach=True"``.
+    """
     if backend == "torch":
-        return "backend='torch'"
+        return backend
     if option := asks_for_torch(group):
         return option
     if param.numel() == 0:
@@ -122,9 +125,8 @@ def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]
         elif backend == "triton" and param.numel() > 0:
             name = tensor_name(group, index, i)
             raise RuntimeError(f"backend='triton' cannot step {name}: {reason}")
-        elif backend == "auto" and param.is_cuda and param.numel() > 0:
-            if not asks_for_torch(group):
-                _warn_once(f"CUDA parameters take the torch path: {reason}")
+        elif param.is_cuda and param.numel() > 0 and reason not in (backend, asks_for_torch(group)):
+            _warn_once(f"CUDA parameters take the torch path: {reason}")
     return taken
 
 
