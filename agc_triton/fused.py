@@ -65,13 +65,10 @@ class Tables:
         self.addresses = self._on_device[:addresses]
         self.values = self._on_device[addresses:values].view(torch.float64)
         self.pointers = self._on_device[values:]
+        # Whether any hyperparameter is read from a tensor on the device.
+        self.has_pointers = False
         # Replays of a captured graph copy from it again: kept, and written in capture only.
         self._captured = self._staging()
-
-    @property
-    def has_pointers(self) -> bool:
-        """Whether any hyperparameter is read from a tensor on the device."""
-        return bool(self.host_pointers.any())
 
     def _staging(self) -> Tensor:
         # torch's pool hands a pinned block out again only when the copies from it have finished.
@@ -82,6 +79,7 @@ class Tables:
         """Copy the host's values to the device without waiting for it."""
         staging = self._captured if capturing else self._staging()
         staging.numpy()[:] = self._host
+        self.has_pointers = bool(self.host_pointers.any())
         self._on_device.copy_(staging, non_blocking=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_, itemgetter
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,13 +22,14 @@ class Part(NamedTuple):
     """A fused step and what it is run on.
 
     ``states`` has, per role, its key in the parameters' ``entries`` of optimizer.state and the
-    tensors that lie in the tables.
+    tensors that lie in the tables; ``single`` are the indices of one-element parameters.
     """
 
     step: FusedStep
     params: list[Tensor]
     entries: list[dict[str, Any]]
     states: list[tuple[str, list[Tensor]]]
+    single: list[int]
 
 
 class OptimizerPlan:
@@ -109,7 +110,8 @@ class OptimizerPlan:
         for tensors in zip(*(member.states for member in members), strict=True):
             key = next(key for key, value in entries[0].items() if value is tensors[0])
             states.append((key, list(tensors)))
-        return Part(step, params, entries, states)
+        single = [i for i, p in enumerate(params) if p.numel() == 1]
+        return Part(step, params, entries, states, single)
 
     def rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Groups of the parameters that take the torch path."""
@@ -129,11 +131,11 @@ class OptimizerPlan:
             return False
         if any(p.grad is not None for p in self.idle):
             return False
-        for step, params, entries, states in self.parts:
+        for step, params, entries, states, single in self.parts:
             if step.frozen and not capturing:
                 return False
             for key, tensors in states:
-                if not all(map(is_, map(itemgetter(key), entries), tensors)):
+                if not _same_tensors([e.get(key) for e in entries], tensors, single):
                     return False
             if not step.refresh(params, groups):
                 return False
@@ -183,6 +185,18 @@ class ClipPlan:
         """Launch everything."""
         for step, _ in self._parts:
             step.run(None, None, False)
+
+
+def _same_tensors(now: list[Any], before: list[Tensor], single: list[int]) -> bool:
+    """Whether two lists hold the same tensors; ``single`` are the indices of one-element ones.
+
+    List equality stops at identity where it can, several times faster than asking each for it. For
+    other tensors it raises, but for those of one element, whose values it would compare.
+    """
+    try:
+        return now == before and all(now[i] is before[i] for i in single)
+    except RuntimeError:
+        return False
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
