@@ -111,7 +111,16 @@ def clip_groups_(
 def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
     check_param(param, group["unit_dim"], group, index, i)
     check_grad(param, grad, group, index, i)
-    if grad.layout is not torch.strided:
+    if grad.layout is torch.strided:
+        if any(
+            size > 1 and step == 0 for size, step in zip(grad.shape, grad.stride(), strict=True)
+        ):
+            raise RuntimeError(
+                f"the gradient of {tensor_name(group, index, i)} has elements that share memory"
+                " (it was expanded) and cannot be clipped in place; give it memory of its own with"
+                " .clone()"
+            )
+    else:
         _check_sparse_rows(param, grad, group["unit_dim"], tensor_name(group, index, i))
 
 

@@ -101,6 +101,8 @@ def why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | No
         return f"its dtype is {param.dtype}"
     if memory_order(param) is None:
         return "it is not dense in memory"
+    if param.grad is not None and param.grad.layout is not torch.strided:
+        return "its gradient is sparse"
     return None
 
 
@@ -166,9 +168,7 @@ class Clipper:
         if self._plan is None or key != self._key or not self._plan.refresh(groups):
             self._key, self._plan = key, None
             taken = [
-                [p for p in eligible(backend, group, index) if not _is_sparse(p.grad)]
-                if group["clipping"]
-                else []
+                eligible(backend, group, index) if group["clipping"] else []
                 for index, group in enumerate(groups)
             ]
             self._taken = [{id(p) for p in params} for params in taken]
@@ -179,10 +179,6 @@ class Clipper:
             self._plan.run()
         pairs = zip(groups, self._taken, strict=True)
         return [[p for p in group["params"] if id(p) not in ids] for group, ids in pairs]
-
-
-def _is_sparse(grad: Tensor | None) -> bool:
-    return grad is not None and grad.layout is not torch.strided
 
 
 def refreshed(fits: bool) -> None:

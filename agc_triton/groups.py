@@ -23,14 +23,16 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class _Entry:
-    """A parameter, every name it has, and for the first of them its layer and all modules around.
+    """A parameter, every name it has and all modules around it under any of them.
 
-    ``paths`` are the names and those of all modules around them: what patterns are matched with.
+    ``layer`` and ``tensor`` (such as "weight") say what it is under the first name; ``paths`` are
+    the names and those of all modules around them: what patterns are matched with.
     """
 
     param: nn.Parameter
-    names: list[str]
     layer: nn.Module
+    tensor: str
+    names: list[str]
     around: list[nn.Module]
 
     @property
@@ -103,15 +105,14 @@ def _entries(model: nn.Module) -> list[_Entry]:
             continue
         if is_lazy(param):
             raise ValueError(f"{name!r} is uninitialized; run the model once before param_groups()")
-        if id(param) in entries:
-            entries[id(param)].names.append(name)
-            continue
-        path = name.rpartition(".")[0]
+        path, _, tensor = name.rpartition(".")
         # A parametrized tensor lies at LAYER.parametrizations.TENSOR.original.
-        layer = modules[path.partition(".parametrizations.")[0]]
+        layer_path, _, parametrized = f".{path}".partition(".parametrizations.")
+        layer, tensor = modules[layer_path[1:]], parametrized or tensor
+        entry = entries.setdefault(id(param), _Entry(param, layer, tensor, [], []))
+        entry.names.append(name)
         parts = path.split(".") if path else []
-        around = [modules[".".join(parts[:n])] for n in range(len(parts) + 1)]
-        entries[id(param)] = _Entry(param, [name], layer, around)
+        entry.around.extend(modules[".".join(parts[:n])] for n in range(len(parts) + 1))
     if not entries:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
     return list(entries.values())
@@ -126,9 +127,8 @@ def _unit_dim(entry: _Entry) -> int | None:
 
 
 def _decays(entry: _Entry) -> bool:
-    is_bias = any("bias" in part for part in entry.names[0].split(".")[-3:])
     is_gain = resolve_unit_dim(entry.param.shape, None) is None
-    return not (is_bias or is_gain or isinstance(entry.layer, _NORMS))
+    return not ("bias" in entry.tensor or is_gain or isinstance(entry.layer, _NORMS))
 
 
 def _as_list(exclude: Exclusion | Iterable[Exclusion]) -> list[Exclusion]:
@@ -153,7 +153,7 @@ def _matches(entry: _Entry, exclusion: Exclusion) -> bool:
         return any(fnmatch.fnmatchcase(path, exclusion) for path in entry.paths)
     if isinstance(exclusion, type):
         return any(isinstance(module, exclusion) for module in entry.around)
-    return bool(exclusion(entry.names[0], entry.param))
+    return any(exclusion(name, entry.param) for name in entry.names)
 
 
 def _no_match(entries: list[_Entry], exclusion: str | type) -> str:
@@ -165,4 +165,7 @@ def _no_match(entries: list[_Entry], exclusion: str | type) -> str:
         )
     paths = list(dict.fromkeys(path for entry in entries for path in entry.paths))
     near = difflib.get_close_matches(exclusion, paths, n=5, cutoff=0.0)
-    return f"exclude={exclusion!r} matches no parameter or module; near names: {', '.join(near)}"
+    return (
+        f"exclude={exclusion!r} matches no trainable parameter or module with one; near names:"
+        f" {', '.join(near)}"
+    )

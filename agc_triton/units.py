@@ -39,7 +39,10 @@ def resolve_unit_dim(shape: torch.Size, unit_dim: int | None) -> int | None:
         return None
     dim = 0 if unit_dim is None else unit_dim
     if not -len(shape) <= dim < len(shape):
-        raise ValueError(f"unit_dim {dim} is out of range for shape {tuple(shape)}")
+        raise ValueError(
+            f"unit_dim {dim} is out of range for shape {tuple(shape)}, which takes {-len(shape)} to"
+            f" {len(shape) - 1}"
+        )
     return dim % len(shape)
 
 

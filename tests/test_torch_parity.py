@@ -3,56 +3,132 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.testing._internal.common_optimizers import optim_db
 
 import agc_triton
 import agc_triton.reference
-from tests.cases import NAMES
+from tests.cases import MODES, NAMES, STATEFUL, supported
 from tests.helpers import make_params, random_grad, same
 
 STEPS = 3
 SHAPES = ((6, 5), (4, 3, 2, 2), (6,), (4, 1, 1, 1), (), (17, 3))
 INFOS: dict[str, Any] = {info.name: info for info in optim_db if info.name in NAMES}
 FLAGS = ("foreach", "fused", "differentiable")
-# No gradient reaches this limit, and fp32 holds it.
 UNREACHED = 1e30
 
 
-def configurations(explicit: bool) -> Iterator[Any]:
-    """torch's own, CUDA's among them, times the modes; without the modes that torch picks itself."""
+def configurations(modes_of_torchs_choice: bool) -> list[Any]:
+    """torch's own list, with what it keeps for CUDA, in each mode."""
+    found = []
     for name, info in INFOS.items():
-        inputs = info.optim_inputs_func(device="cuda")
-        modes: list[dict[str, bool]] = [] if explicit else [{}]
+        modes: list[dict[str, bool]] = [{}] if modes_of_torchs_choice else []
         modes += [{flag: False for flag in FLAGS if flag in info.supported_impls}]
         modes += [{flag: True} for flag in info.supported_impls]
-        for options in inputs:
+        for given in info.optim_inputs_func(device="cuda"):
             for mode in modes:
-                label = ", ".join(f"{key}={value}" for key, value in mode.items())
-                yield pytest.param(
-                    name, {**options.kwargs, **mode}, id=f"{name}: {options.desc}: {label}"
-                )
+                label = f"{name}: {given.desc}: {mode}"
+                found.append(pytest.param(name, {**given.kwargs, **mode}, id=label))
+    return found
 
 
-def run(cls: Any, dtype: torch.dtype, options: dict[str, Any]) -> Iterator[Any]:
-    """Parameters, gradients and states after each step, or the error that ends it."""
-    params: list[Any] = [p.detach() for p in make_params(SHAPES, dtype)]
-    if not options.get("differentiable"):
-        params = [p.requires_grad_() for p in params]
+def run(
+    cls: Any,
+    options: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+) -> list[Any]:
+    """Numbers, state names and group after each step, or the error that it ends with."""
+    params: list[Any] = make_params(shapes, dtype)
+    if options.get("differentiable"):  # torch.optim cannot update leaves that need a gradient then
+        params = [p.detach() for p in params]
+    # torch's fused SGD takes no late first gradient, and its foreach SGD multiplies 16-bit buffers
+    # with other roundings as long as one is missing.
+    late = not options.get("fused") and dtype.itemsize > 2
+    after: list[Any] = []
     try:
-        optimizer = cls(params, **copy.deepcopy(options))
+        optimizer = cls(params, **copy.deepcopy(dict(options)))
         for step in range(STEPS):
             for i, param in enumerate(params):
-                late = options.get("fused") and cls.__name__.startswith("SGD")
-                present = i != 1 or step != 0 or late
-                param.grad = random_grad(param.detach(), 10 * step + i) if present else None
+                absent = late and i == 1 and step == 0
+                param.grad = None if absent else random_grad(param.detach(), 10 * step + i)
             optimizer.step()
-            values = [(p.detach(), p.grad, optimizer.state.get(p, {})) for p in params]
-            yield copy.deepcopy(values), optimizer.param_groups[0]
-    except (AssertionError, RuntimeError, ValueError) as error:
-        yield type(error), str(error)
+            values = [(p, p.grad, *optimizer.state.get(p, {}).values()) for p in params]
+            kept = [[None if t is None else t.detach().clone() for t in row] for row in values]
+            names = [list(optimizer.state.get(p, {})) for p in params]
+            after.append((kept, names, dict(optimizer.param_groups[0], params=None)))
+    except (AssertionError, RuntimeError) as error:
+        after.append((type(error), str(error), {}))
+    return after
+
+
+def assert_same_run(
+    name: str, options: Mapping[str, Any], *clippings: float | None, **how: Any
+) -> None:
+    expected = run(getattr(torch.optim, name), options, **how)
+    for clipping in clippings:
+        actual = run(getattr(agc_triton, f"{name}_AGC"), {**options, "clipping": clipping}, **how)
+        assert len(actual) == len(expected)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert same(ours[:2], theirs[:2])
+            assert theirs[2].keys() == ours[2].keys() - {"clipping", "agc_eps", "unit_dim"}
+            assert same({key: ours[2][key] for key in theirs[2]}, theirs[2])
+
+
+@pytest.mark.parametrize(("name", "options"), configurations(True))
+def test_without_clipping(name: str, options: dict[str, Any]) -> None:
+    assert_same_run(name, options, 0, None)
+
+
+@pytest.mark.parametrize(("name", "options"), configurations(False))
+def test_under_a_limit_that_nothing_reaches(name: str, options: dict[str, Any]) -> None:
+    assert_same_run(name, options, UNREACHED)
+
+
+DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+STATEFUL_CASES = [
+    (name, mode) for name in NAMES for mode in MODES if supported(name, STATEFUL[name], mode)
+]
+EXPLICIT_CASES = [case for case in STATEFUL_CASES if "default" not in case]
+
+
+OTHER_DTYPES = [
+    (name, mode, dtype)
+    for name, mode in STATEFUL_CASES
+    for dtype in DTYPES
+    # It skips whole vectors of 16-bit numbers up to torch 2.13 (pytorch#191763).
+    if not (name == "SGD" and mode == "fused" and dtype.itemsize == 2)
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "dtype"), OTHER_DTYPES, ids=str)
+def test_other_dtypes(name: str, mode: str, dtype: torch.dtype) -> None:
+    clippings = [None] if mode == "default" else [None, UNREACHED]
+    assert_same_run(name, {**STATEFUL[name], **MODES[mode]}, *clippings, dtype=dtype)
+
+
+# Blocks of one unit, some and all, each of a multiple of 16 elements; in the last shape of parts of
+# its only unit.
+@pytest.mark.parametrize("block", [96, 192, 320])
+@pytest.mark.parametrize(("name", "mode"), EXPLICIT_CASES)
+def test_blocks_do_not_change_a_bit(
+    monkeypatch: pytest.MonkeyPatch, name: str, mode: str, block: int
+) -> None:
+    monkeypatch.setattr(agc_triton.reference, "BLOCK", block)
+    monkeypatch.setattr(agc_triton.reference, "SMALL", 0)
+    shapes = ((20, 16), (5, 64), (48, 5), (400,))
+    assert_same_run(name, {**STATEFUL[name], **MODES[mode]}, UNREACHED, shapes=shapes)
+
+
+@pytest.mark.parametrize("block", [1, 7, 33])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_odd_blocks_do_not_change_a_bit_of_the_for_loop(
+    monkeypatch: pytest.MonkeyPatch, name: str, block: int
+) -> None:
+    monkeypatch.setattr(agc_triton.reference, "BLOCK", block)
+    monkeypatch.setattr(agc_triton.reference, "SMALL", 0)
+    assert_same_run(name, {**STATEFUL[name], "fused": False}, UNREACHED)

@@ -147,17 +147,19 @@ class AGCOptimizer(Optimizer):
     def _step_groups(self) -> None:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if self._plan is None or not self._plan.refresh(self, capturing):
+        fits = self._plan is not None and self._plan.refresh(self, capturing)
+        rest = self._plan.rest(self.param_groups) if fits and self._plan else self.param_groups
+        if rest:
             for index, group in enumerate(self.param_groups):
                 self._check_step(group, index)
+        if not fits:
             self._plan = dispatch.plan(self, self._plan)
             if self._plan is not None:
                 dispatch.refreshed(self._plan.refresh(self, capturing))
-        if self._plan is None:
-            self._step_torch(self.param_groups, scale, found_inf)
-        else:
+                rest = self._plan.rest(self.param_groups)
+        if self._plan is not None:
             self._plan.run(scale, found_inf, capturing)
-            self._step_torch(self._plan.rest(self.param_groups), scale, found_inf)
+        self._step_torch(rest, scale, found_inf)
 
     def _step_torch(
         self, groups: list[dict[str, Any]], scale: Tensor | None, found_inf: Tensor | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,9 +50,11 @@ class AGC(Optimizer):
             check_group({**options, **group}, index)
         self.optimizer = optimizer
         self._clipper = Clipper()
+        self._known: list[dict[str, Any]] = []
         optimizer.defaults.update(options)
-        self._fill_groups([optimizer.defaults] * len(optimizer.param_groups))
+        self._fill_groups()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.optim's own methods
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
         """Clip, then step the base; with a closure, clip after each of the base's evaluations.
 
@@ -60,8 +62,12 @@ class AGC(Optimizer):
             RuntimeError: a gradient that cannot be clipped; nothing has been changed then.
         """
         if closure is None:
-            self._clip()
-            return self.optimizer.step()
+            # Last of the pre-hooks, so that what the others do to gradients is clipped as well.
+            handle = self.optimizer.register_step_pre_hook(lambda *_: self._clip())
+            try:
+                return self.optimizer.step()
+            finally:
+                handle.remove()
 
         def clipped_closure() -> float:
             loss = closure()
@@ -72,8 +78,7 @@ class AGC(Optimizer):
 
     @torch.no_grad()
     def _clip(self) -> None:
-        # The base may have been given groups of its own since.
-        self._fill_groups([self.defaults] * len(self.param_groups))
+        self._fill_groups()
         for index, group in enumerate(self.param_groups):
             check_group(group, index)
         clip_groups_(self.param_groups, "auto", self._clipper)
@@ -91,9 +96,9 @@ class AGC(Optimizer):
             self.param_groups.pop()
             raise
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """The base's zero_grad."""
-        self.optimizer.zero_grad(set_to_none)
+        self.optimizer.zero_grad(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict, with the AGC options in its groups."""
@@ -101,29 +106,44 @@ class AGC(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load into the base; groups saved without AGC options keep the present ones."""
-        before = self.param_groups
+        self._fill_groups()
         self.optimizer.load_state_dict(state_dict)
-        self._fill_groups(before)
+        self._fill_groups()
 
-    def _fill_groups(self, sources: Sequence[Mapping[str, Any]]) -> None:
-        for group, source in zip(self.param_groups, sources, strict=True):
+    def _fill_groups(self) -> None:
+        """Give groups that come without AGC options, from a checkpoint say, those they had."""
+        for index, group in enumerate(self.param_groups):
+            known = self._known[index] if index < len(self._known) else self.defaults
             for key in AGC_OPTIONS:
-                group.setdefault(key, source[key])
+                group.setdefault(key, known[key])
+        self._known = [{key: group[key] for key in AGC_OPTIONS} for group in self.param_groups]
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute there
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups."""
         return self.optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
     @property
-    def state(self) -> Any:  # type: ignore[override]  # an attribute there
+    def state(self) -> Any:
         """The base's state."""
         return self.optimizer.state
 
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute there
+    def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
         return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
 
     def __getattr__(self, name: str) -> Any:
         """Everything else, hooks among it, is the base's."""
@@ -139,6 +159,8 @@ class AGC(Optimizer):
         """Take over the base optimizer."""
         self.__dict__.update(state)
         self._clipper = Clipper()
+        self._known = []
+        self._fill_groups()
 
     def __repr__(self) -> str:
         return f"AGC({self.optimizer!r})"
