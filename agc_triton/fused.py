@@ -134,6 +134,7 @@ class FusedStep:
         # Gradients laid out unlike their parameter, and the copies that stand in for them.
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._groups: dict[int, dict[str, Any]] = {m.group: {} for m in members}
+        self._tensors = dict.fromkeys(self._groups, False)
         self._structure = {g: _structure(groups[g]) for g in self._groups}
         self._changed = True
 
@@ -207,7 +208,8 @@ class FusedStep:
 
     def _refresh_group(self, index: int, group: Mapping[str, Any]) -> bool:
         options = {key: value for key, value in group.items() if key != "params"}
-        if _same(options, self._groups[index]):
+        before = self._groups[index]
+        if _same(options, before) if self._tensors[index] else options == before:
             return True
         if _structure(group) != self._structure[index] or self.rule.flags(group) != self.flags:
             return False
@@ -226,6 +228,7 @@ class FusedStep:
             self.tables.host_pointers[index, k] = value.data_ptr() if on_device else 0
             values[FIXED_VALUES + k] = 0.5 if on_device else float(value)
         self._groups[index] = options
+        self._tensors[index] = any(map(_holds_tensor, options.values()))
         self._changed = True
         return True
 
@@ -234,13 +237,17 @@ def _structure(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(group.get(key) for key in STRUCTURAL)
 
 
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, tuple) and any(map(_holds_tensor, value))
+    )
+
+
 def _same(options: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether no option can have changed: tensors on the host are read again, whatever they are."""
-    if any(isinstance(v, (Tensor, tuple)) for v in options.values()):
-        return options.keys() == before.keys() and all(
-            _same_value(value, before[key]) for key, value in options.items()
-        )
-    return options == before
+    """Whether no option can have changed, some being tensors: host tensors always can have."""
+    return options.keys() == before.keys() and all(
+        _same_value(value, before[key]) for key, value in options.items()
+    )
 
 
 def _same_value(value: Any, before: Any) -> bool:

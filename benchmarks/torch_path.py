@@ -47,12 +47,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(THREADS)
     workload = random_workload(MODEL)
     rounds = Rounds(warmup=1, timed=5) if args.quick else Rounds(warmup=3, timed=20)
-    run = _sweep if args.sweep else _compare
-    tables = [run(optimizer, workload, rounds, args.quick) for optimizer in args.optimizers]
+    tables = []
+    for optimizer in args.optimizers:
+        if args.sweep:
+            tables.append(_sweep(optimizer, workload, rounds))
+        else:
+            compared = [p for p in providers(optimizer) if p.quick or not args.quick]
+            tables.append(measure(optimizer, compared, workload, rounds))
     table = pd.concat(tables, ignore_index=True)
 
-    print(table.to_string(columns=SHOWN, index=False, float_format="{:.3f}".format))
-    for optimizer, rows in table.groupby("optimizer", sort=False):
+    shown = table[SHOWN].dropna(axis="columns", how="all")
+    print(shown.to_string(index=False, float_format="{:.3f}".format))
+    for optimizer in args.optimizers:
+        rows = table[table["optimizer"] == optimizer]
         print(f"{optimizer}: {_fastest_block(rows) if args.sweep else _speed_up(rows)}")
     out = args.out or Path("out", "torch_path_sweep.csv" if args.sweep else "torch_path.csv")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"written to {out}")
 
 
-def _compare(optimizer: str, workload: Workload, rounds: Rounds, quick: bool) -> pd.DataFrame:
-    compared = [p for p in providers(optimizer) if p.quick or not quick]
-    return measure(optimizer, compared, workload, rounds)
-
-
-def _sweep(optimizer: str, workload: Workload, rounds: Rounds, quick: bool) -> pd.DataFrame:
+def _sweep(optimizer: str, workload: Workload, rounds: Rounds) -> pd.DataFrame:
     """Ours with every block size, and torch.optim without clipping to hold it against."""
     known = [p for p in providers(optimizer) if p.quick]
     (ours,) = (p for p in known if p.role == "ours")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import agc_triton
+from tests.helpers import random_grad, same
 from tests.oracle import Oracle
+from tests.tolerances import TOLERANCES
 
 Kwargs = Mapping[str, Any]
 NAMES = ("SGD", "Adam", "AdamW", "RMSprop")
+CLIPPING = 0.05  # about half of the units below are over it
 
 # Learning rates are large: an update as large as its parameter hides no error behind it.
 _ADAM: dict[str, Kwargs] = {
@@ -99,13 +102,42 @@ def tolerance_key(dtype: torch.dtype, name: str, options: Kwargs, mode: str) -> 
     return kind if fused else f"{kind}, operation by operation"
 
 
-def step_and_check(
-    optimizer: Optimizer, oracle: Oracle, params: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> None:
-    """One step of both, compared."""
-    oracle.step(grads)
-    step_with(optimizer, params, grads)
-    oracle.check(params, [optimizer.state.get(p, {}) for p in params])
+STATEFUL_CASES = [
+    (name, mode) for name in NAMES for mode in MODES if supported(name, STATEFUL[name], mode)
+]
+
+
+def randn(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Standard normal, the same numbers in each dtype."""
+    rng = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(shape, generator=rng, dtype=wide).to(dtype)
+
+
+def make_grad(weight: Tensor, seed: int) -> Tensor:
+    """A gradient whose rows differ by decades; complex where the weight is."""
+    if not weight.is_complex():
+        return random_grad(weight, seed)
+    parts = [random_grad(weight.real, 2 * seed + part) for part in range(2)]
+    return torch.complex(*parts)
+
+
+def in_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """The same values, with the dimensions in memory from the first of ``order`` to the last."""
+    inverse = [order.index(dim) for dim in range(len(order))]
+    return tensor.permute(tuple(order)).contiguous().permute(inverse)
+
+
+def make_grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
+    """Gradients in the memory order of their parameters, as autograd leaves them."""
+    orders = [sorted(range(p.dim()), key=p.stride, reverse=True) for p in params]
+    grads = [make_grad(p, 100 * step + i) for i, p in enumerate(params)]
+    return [in_order(grad, order) for grad, order in zip(grads, orders, strict=True)]
+
+
+def states_of(optimizer: Optimizer, params: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """The state of each parameter, empty where there is none."""
+    return [optimizer.state.get(param, {}) for param in params]
 
 
 def step_with(
@@ -119,5 +151,48 @@ def step_with(
     for param, grad, before in zip(params, grads, kept, strict=True):
         assert param.grad is grad
         if grad is not None and before is not None:
-            assert torch.equal(grad, before[0])
+            assert same(grad, before[0])
             assert grad.data_ptr() == before[1]
+
+
+def step_and_check(
+    optimizer: Optimizer, oracle: Oracle, params: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> None:
+    """One step of both, compared."""
+    oracle.step(grads)
+    step_with(optimizer, params, grads)
+    oracle.check(params, states_of(optimizer, params))
+
+
+def check_steps(
+    name: str,
+    mode: str,
+    params: Sequence[Tensor],
+    grads: Callable[[Sequence[Tensor], int], Sequence[Tensor]] = make_grads,
+    between: Callable[[Any], None] = lambda optimizer: None,
+    rounds_as: str | None = None,
+    **agc: Any,
+) -> None:
+    """Three steps of parameters of one dtype, all states in use, against the oracle.
+
+    ``between`` is called with the optimizer after each. ``rounds_as`` is the mode that has to be
+    fallen back to where ``mode`` itself cannot do it.
+    """
+    dtype = params[0].dtype
+    options: Kwargs = {**STATEFUL[name], "clipping": CLIPPING, **agc}
+    if dtype.itemsize == 2:
+        options = low_precision(name, options)
+    tolerance = TOLERANCES[tolerance_key(dtype, name, options, rounds_as or mode)]
+    optimizer = build(name, params, options, mode)
+    oracle = Oracle(name, params, tolerance, **options)
+    for step in range(3):
+        if dtype.itemsize == 2:  # from the same rounded values, so that the bound is of one step
+            oracle.load(params, states_of(optimizer, params))
+        step_and_check(optimizer, oracle, params, grads(params, step))
+        between(optimizer)
+
+
+def low_precision(name: str, options: Kwargs) -> Kwargs:
+    """With an eps that is not 0 in fp16; squares of small gradients are: no variance to center."""
+    eps = {} if name == "SGD" else {"eps": 0.1}
+    return {**options, **eps, **({"centered": False} if name == "RMSprop" else {})}

@@ -237,18 +237,21 @@ class Oracle:
 
     def check(self, params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> None:
         """Assert that an implementation has these parameters and exactly these states."""
+        margin = self.tolerance.margin
         for i, (param, state) in enumerate(zip(params, states, strict=True)):
             assert state.keys() == self.states[i].keys()
-            self._assert_within(param, self.params[i], f"parameter {i}")
+            assert_within(param, self.params[i], margin, f"parameter {i}")
             for key, value in state.items():
-                self._assert_within(value, self.states[i][key], f"{key} of parameter {i}")
+                assert_within(value, self.states[i][key], margin, f"{key} of parameter {i}")
 
-    def _assert_within(self, actual: Tensor, expected: Rounded, what: str) -> None:
-        value = as_float64(actual)
-        off = np.abs(value - expected.value)
-        bound = np.broadcast_to(self.tolerance.margin * expected.error, off.shape)
-        wrong = [tuple(index) for index in np.argwhere(~(off <= bound))]
-        assert not wrong, (
-            f"{what}: {len(wrong)} of {off.size} are wrong, first {value[wrong[0]]} for"
-            f" {expected.value[wrong[0]]} +- {bound[wrong[0]]} at {wrong[0]}"
-        )
+
+def assert_within(actual: Tensor, expected: Rounded, margin: float, what: str) -> None:
+    """Assert that a tensor is within ``margin`` times the error bound."""
+    value = as_float64(actual)
+    off = np.abs(value - expected.value)
+    bound = np.broadcast_to(margin * expected.error, off.shape)
+    wrong = [tuple(map(int, index)) for index in np.argwhere(~(off <= bound))]
+    assert not wrong, (
+        f"{what}: {len(wrong)} of {off.size} are wrong, first {value[wrong[0]]} for"
+        f" {expected.value[wrong[0]]} +- {bound[wrong[0]]} at {wrong[0]}"
+    )

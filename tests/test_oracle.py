@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from tests.cases import (
+    CLIPPING,
     MODES,
     NAMES,
     OPTIONS,
     STATEFUL,
+    STATEFUL_CASES,
     build,
+    low_precision,
+    states_of,
     step_and_check,
     step_with,
     supported,
@@ -30,7 +34,6 @@ SHAPES = ((4, 3), (3, 2, 2, 2), (5,), (3, 1, 1, 1), (2, 2), (), (6, 2), (4,))
 PRESENT = ("1111", "0111", "1011", "0111", "0000", "1111", "1111", "1111")
 LARGE = ((60, 700), (40_000,))  # enough for torch to use several threads
 STEPS = 4
-CLIPPING = 0.05
 
 
 CASES = [
@@ -39,9 +42,6 @@ CASES = [
     for label, options in OPTIONS[name].items()
     for mode in MODES
     if supported(name, options, mode)
-]
-STATEFUL_CASES = [
-    (name, mode) for name in NAMES for mode in MODES if supported(name, STATEFUL[name], mode)
 ]
 
 
@@ -81,7 +81,7 @@ def test_follows_the_oracle(name: str, label: str, mode: str, dtype: torch.dtype
     expected = trajectory(name, label, dtype, tolerance_key(dtype, name, options, mode))
     for step, oracle in enumerate(expected):
         step_with(optimizer, params, make_grads(dtype, step))
-        oracle.check(params, [optimizer.state.get(p, {}) for p in params])
+        oracle.check(params, states_of(optimizer, params))
 
 
 LOW_PRECISION_CASES = [
@@ -101,16 +101,14 @@ def test_low_precision_follows_the_oracle(
 ) -> None:
     options = {**options, "clipping": CLIPPING}
     if dtype is torch.float16:
-        # 1e-8 is 0 there, and so are squares of small gradients: no variance is left to center.
-        options |= {"eps": 0.1} if name != "SGD" else {}
-        options |= {"centered": False} if name == "RMSprop" else {}
+        options = {**low_precision(name, options)}
     params = make_params(dtype)
     optimizer = build(name, params, options, mode)
     tolerance = TOLERANCES[tolerance_key(dtype, name, options, mode)]
     oracle = Oracle(name, params, tolerance, **options)
     for step in range(STEPS):
         # From the same rounded values, so that the bound is that of one step.
-        oracle.load(params, [optimizer.state.get(p, {}) for p in params])
+        oracle.load(params, states_of(optimizer, params))
         step_and_check(optimizer, oracle, params, make_grads(dtype, step))
 
 
@@ -145,7 +143,7 @@ def test_groups_keep_their_own_settings(name: str, mode: str) -> None:
                 x.grad = grad
         optimizer.step()
         for p, oracle in zip(params, oracles, strict=True):
-            oracle.check(p, [optimizer.state[x] for x in p])
+            oracle.check(p, states_of(optimizer, p))
 
 
 # Small errors that the bounds must not hide, relative to the options of the test below.
@@ -193,7 +191,7 @@ def test_fused_unscales_before_it_clips(name: str, shape: tuple[int, ...]) -> No
         grads = make_grads(torch.float32, step)
         oracle.step(grads)
         step_with(optimizer, params, [None if g is None else g * 256 for g in grads])
-        oracle.check(params, [optimizer.state.get(p, {}) for p in params])
+        oracle.check(params, states_of(optimizer, params))
 
 
 @pytest.mark.parametrize("before", [0, 2])

@@ -12,8 +12,8 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import agc_triton
 import agc_triton.reference
-from tests.cases import MODES, NAMES, STATEFUL, supported
-from tests.helpers import make_params, random_grad, same
+from tests.cases import MODES, NAMES, STATEFUL, STATEFUL_CASES, make_grad
+from tests.helpers import make_params, same
 
 STEPS = 3
 SHAPES = ((6, 5), (4, 3, 2, 2), (6,), (4, 1, 1, 1), (), (17, 3))
@@ -55,7 +55,7 @@ def run(
         for step in range(STEPS):
             for i, param in enumerate(params):
                 absent = late and i == 1 and step == 0
-                param.grad = None if absent else random_grad(param.detach(), 10 * step + i)
+                param.grad = None if absent else make_grad(param.detach(), 10 * step + i)
             optimizer.step()
             values = [(p, p.grad, *optimizer.state.get(p, {}).values()) for p in params]
             kept = [[None if t is None else t.detach().clone() for t in row] for row in values]
@@ -90,9 +90,6 @@ def test_under_a_limit_that_nothing_reaches(name: str, options: dict[str, Any]) 
 
 
 DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
-STATEFUL_CASES = [
-    (name, mode) for name in NAMES for mode in MODES if supported(name, STATEFUL[name], mode)
-]
 EXPLICIT_CASES = [case for case in STATEFUL_CASES if "default" not in case]
 
 
