@@ -18,7 +18,7 @@ from agc_triton.units import UnitLayout, memory_order, norm_dims, unit_layout
 
 # Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
 # the ~10 torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
-BLOCK = 1 << 19
+BLOCK = 1 << 20
 
 # One-unit tensors up to this many elements (biases, gains) go through in one foreach batch.
 SMALL = 1 << 14
@@ -93,9 +93,12 @@ def _block_update(rule: Rule, group: Mapping[str, Any]) -> Callable[..., None]:
 
 
 def _blockable(*tensors: Tensor) -> bool:
-    """Whether plain CPU memory can be walked: no subclass, no device queue, something in it."""
+    """Whether plain CPU memory can be walked: no subclass, no lazy bits, something real in it."""
     return all(
-        t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) and t.numel() > 0
+        t.device.type == "cpu"
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and t.numel() > 0
+        and not (t.is_complex() or t.is_neg())
         for t in tensors
     )
 
@@ -124,31 +127,30 @@ def _partition(
 
 
 def _memory_view(tensor: Tensor, order: tuple[int, ...], layout: UnitLayout) -> Tensor:
-    """The tensor as real numbers in memory order, (outer, units, inner); a view where it can be."""
-    tensor = tensor.permute(order)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.reshape(layout.outer, layout.units, -1)
+    """The tensor in memory order, (outer, units, inner); a view where its strides allow."""
+    return tensor.permute(order).reshape(layout)
 
 
 def _walk(
     p: Tensor, g: Tensor, clip: Clip, grad_scale: Tensor | None
-) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+) -> Iterator[tuple[Any, Tensor]]:
     """Blocks contiguous in memory, as an index into (outer, units, inner), and their factors."""
     outer, units, inner = p.shape
-    if outer > 1:
+    rows = max(1, BLOCK // inner)
+    if p.numel() <= BLOCK:
+        yield ..., _block_factors(p, g, clip, grad_scale)
+    elif outer > 1:
         factors = _block_factors(p, g, clip, grad_scale)
         count = max(1, BLOCK // (units * inner))
         for o in range(0, outer, count):
-            yield (slice(o, o + count),), factors
-        return
-    rows = max(1, BLOCK // inner)
-    rows -= rows % ROW_MULTIPLE if rows > ROW_MULTIPLE else 0
-    for u in range(0, units, rows):
-        at = (slice(None), slice(u, u + rows))
-        factors = _block_factors(p[at], g[at], clip, grad_scale)
-        for i in range(0, inner, BLOCK):
-            yield (*at, slice(i, i + BLOCK)), factors
+            yield slice(o, o + count), factors
+    else:
+        rows -= rows % ROW_MULTIPLE if rows > ROW_MULTIPLE else 0
+        for u in range(0, units, rows):
+            at = (slice(None), slice(u, u + rows))
+            factors = _block_factors(p[at], g[at], clip, grad_scale)
+            for i in range(0, inner, BLOCK):
+                yield at if inner <= BLOCK else (*at, slice(i, i + BLOCK)), factors
 
 
 def _block_factors(p: Tensor, g: Tensor, clip: Clip, grad_scale: Tensor | None) -> Tensor:
@@ -174,18 +176,19 @@ def _step_blocks(
     states = [[_memory_view(t, order, layout) for t in state] for state in lists.states]
     counted = lists.steps
     for index, factors in _walk(p, g, clip, grad_scale):
-        block = p[index]
+        block, given = (p, g) if index is ... else (p[index], g[index])
         out = scratch.get(p.dtype)
         if out is None or out.numel() < block.numel():
             out = scratch[p.dtype] = torch.empty(block.numel(), dtype=p.dtype)
         out = out[: block.numel()].view(block.shape)
-        torch.mul(g[index], factors, out=out)
+        torch.mul(given, factors, out=out)
         # Every block starts from the same count, so that the parameter is counted up once.
-        counted = [t.clone() for t in lists.steps]
-        parts = tuple([t[index] for t in state] for state in states)
+        counted = lists.steps if index is ... else [t.clone() for t in lists.steps]
+        parts = tuple([t if index is ... else t[index] for t in state] for state in states)
         update(TensorLists([block], [out], parts, counted), group)
     for t, count in zip(lists.steps, counted, strict=True):
-        t.copy_(count)
+        if t is not count:
+            t.copy_(count)
 
 
 def _step_batch(
@@ -216,10 +219,15 @@ def _step_whole(
     grad_scale: Tensor | None,
 ) -> None:
     """Any device, strides or subclass, differentiable too: clipped copies, torch's update."""
+    if group.get("fused") and lists.params[0].device.type == "cpu":
+        # torch's fused CPU kernels take every tensor for dense and alike in memory.
+        group = {**group, "fused": False}
     grads = []
-    for param, grad in zip(lists.params, lists.grads, strict=True):
-        grad = grad if grad_scale is None else grad / grad_scale.to(grad.device)
-        grads.append((grad * _tensor_factors(param, grad, clip)).to(grad.dtype))
+    for param, given in zip(lists.params, lists.grads, strict=True):
+        grad = given if grad_scale is None else given / grad_scale.to(given.device)
+        # Autograd needs the weights that the norm was taken of, which the update overwrites.
+        weight = param.clone() if torch.is_grad_enabled() else param
+        grads.append((grad * _tensor_factors(weight, grad, clip)).to(given.dtype))
     update(lists._replace(grads=grads), group)
 
 

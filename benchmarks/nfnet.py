@@ -16,6 +16,10 @@ from torch.nn import functional as F
 # 1 / sqrt(Var[relu(x)]) for x ~ N(0, 1): with it the activation keeps unit variance.
 RELU_GAMMA = math.sqrt(2 / (1 - 1 / math.pi))
 
+WIDTHS = (16, 32)  # channels of each stage
+DEPTH = 2  # residual blocks of each stage
+ALPHA = 0.2  # scale of every residual branch, as in both papers
+
 
 def scaled_relu(x: Tensor) -> Tensor:
     """ReLU times its variance-preserving gain."""
@@ -35,7 +39,7 @@ class ScaledStdConv2d(nn.Conv2d):
         """The weight the convolution uses."""
         var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
         fan_in = self.weight[0].numel()
-        return (self.weight - mean) * torch.rsqrt(var * fan_in + 1e-4) * self.gain
+        return (self.weight - mean) * (var * fan_in).clamp(min=1e-4).rsqrt() * self.gain
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve with the standardized weight."""
@@ -43,11 +47,11 @@ class ScaledStdConv2d(nn.Conv2d):
 
 
 class NFBlock(nn.Module):
-    """``h + alpha * skip_gain * f(h / beta)``, where beta is the expected std of h."""
+    """``h + ALPHA * skip_gain * f(h / beta)``, where beta is the expected std of h."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, alpha: float, beta: float):
+    def __init__(self, in_channels: int, channels: int, stride: int, beta: float):
         super().__init__()
-        self.alpha, self.beta = alpha, beta
+        self.beta = beta
         self.conv1 = ScaledStdConv2d(in_channels, channels, 3, stride)
         self.conv2 = ScaledStdConv2d(channels, channels, 3)
         self.shortcut = ScaledStdConv2d(in_channels, channels, 1, stride) if stride > 1 else None
@@ -58,29 +62,24 @@ class NFBlock(nn.Module):
         x = scaled_relu(h / self.beta)
         shortcut = h if self.shortcut is None else self.shortcut(x)
         branch = self.conv2(scaled_relu(self.conv1(x)))
-        return shortcut + self.alpha * self.skip_gain * branch
+        return shortcut + ALPHA * self.skip_gain * branch
 
 
 class NFNet(nn.Module):
-    """Stem, stages of residual blocks (each but the first halves the image), pooling, head."""
+    """Stem, stages of residual blocks, global pooling and a linear head; 43 thousand parameters."""
 
-    def __init__(
-        self,
-        widths: tuple[int, ...] = (16, 32),
-        depth: int = 2,
-        alpha: float = 0.2,
-        classes: int = 10,
-    ):
+    def __init__(self, classes: int) -> None:
         super().__init__()
-        self.stem = ScaledStdConv2d(1, widths[0], 3, stride=2)
+        channels = WIDTHS[0]
+        self.stem = ScaledStdConv2d(1, channels, 3, stride=2)
         blocks: list[NFBlock] = []
-        channels, expected_var = widths[0], 1.0
-        for stage, width in enumerate(widths):
-            for i in range(depth):
+        expected_var = 1.0
+        for stage, width in enumerate(WIDTHS):
+            for i in range(DEPTH):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(NFBlock(channels, width, stride, alpha, math.sqrt(expected_var)))
-                # A block that changes the shape puts unit variance on its shortcut.
-                expected_var = (1.0 if stride > 1 else expected_var) + alpha**2
+                blocks.append(NFBlock(channels, width, stride, beta=math.sqrt(expected_var)))
+                # A convolution on the shortcut brings the variance back to 1.
+                expected_var = (1.0 if stride > 1 else expected_var) + ALPHA**2
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, classes)

@@ -173,7 +173,7 @@ def check_steps(
     rounds_as: str | None = None,
     **agc: Any,
 ) -> None:
-    """Three steps of parameters of one dtype, all states in use, against the oracle.
+    """Two steps of parameters of one dtype, all states in use, against the oracle.
 
     ``between`` is called with the optimizer after each. ``rounds_as`` is the mode that has to be
     fallen back to where ``mode`` itself cannot do it.
@@ -185,7 +185,7 @@ def check_steps(
     tolerance = TOLERANCES[tolerance_key(dtype, name, options, rounds_as or mode)]
     optimizer = build(name, params, options, mode)
     oracle = Oracle(name, params, tolerance, **options)
-    for step in range(3):
+    for step in range(2):
         if dtype.itemsize == 2:  # from the same rounded values, so that the bound is of one step
             oracle.load(params, states_of(optimizer, params))
         step_and_check(optimizer, oracle, params, grads(params, step))

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 # The same examples in each run, so that a failure can be repeated; no deadline, as machines stall.
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("repeatable")
 
 

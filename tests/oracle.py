@@ -21,10 +21,9 @@ Array: TypeAlias = npt.NDArray[np.float64]
 Options: TypeAlias = Mapping[str, Any]
 State: TypeAlias = Mapping[str, "Rounded"]
 
-SPACING = {
-    dtype: torch.finfo(dtype).eps
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SPACING = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}  # of numbers from 1 to 2
+LEAST_NORMAL = {dtype: torch.finfo(dtype).smallest_normal for dtype in DTYPES}
 
 
 class Rounded:
@@ -87,7 +86,7 @@ def exact(value: Array | float, dtype: torch.dtype) -> Rounded:
 
 def rounded(value: Array, error: Array, dtype: torch.dtype) -> Rounded:
     """Rounded once: by half the dtype's spacing, which does not shrink below normal numbers."""
-    spacing = SPACING[dtype] * np.maximum(np.abs(value) + error, torch.finfo(dtype).smallest_normal)
+    spacing = SPACING[dtype] * np.maximum(np.abs(value) + error, LEAST_NORMAL[dtype])
     return Rounded(value, error + spacing / 2, dtype)
 
 
@@ -249,9 +248,12 @@ def assert_within(actual: Tensor, expected: Rounded, margin: float, what: str) -
     """Assert that a tensor is within ``margin`` times the error bound."""
     value = as_float64(actual)
     off = np.abs(value - expected.value)
+    right = off <= margin * expected.error
+    if right.all():
+        return
     bound = np.broadcast_to(margin * expected.error, off.shape)
-    wrong = [tuple(map(int, index)) for index in np.argwhere(~(off <= bound))]
-    assert not wrong, (
+    wrong = [tuple(map(int, index)) for index in np.argwhere(~right)]
+    raise AssertionError(
         f"{what}: {len(wrong)} of {off.size} are wrong, first {value[wrong[0]]} for"
         f" {expected.value[wrong[0]]} +- {bound[wrong[0]]} at {wrong[0]}"
     )

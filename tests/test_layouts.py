@@ -262,6 +262,16 @@ def test_a_limit_of_zero(name: str, mode: str) -> None:
     assert not any(p.any() for p in params)
 
 
+@all_cases
+def test_gradients_under_the_smallest_norm_divided_by(name: str, mode: str) -> None:
+    """Limits of 5e-8; of the norms from 1e-8 to 1e-5 those up to 1e-6 are taken for 1e-6."""
+
+    def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
+        return [torch.full((4, 2), 10.0**-8).mul_(10.0 ** torch.arange(4)[:, None]) for _ in params]
+
+    check_steps(name, mode, [torch.zeros(4, 2)], grads, agc_eps=1e-6)
+
+
 # As torch's own tests give it, and as GradScaler does.
 @pytest.mark.parametrize("scale_shape", [(1,), ()], ids=str)
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])

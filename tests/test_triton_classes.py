@@ -78,13 +78,14 @@ def around(dtype: torch.dtype, states: int) -> list[Any]:
     ],
 )
 def test_both_sides_of_every_boundary(dtype: torch.dtype, length: int) -> None:
-    lengths = [n for n in (length - 1, length, length + 1) if n > 0]
-    options = {**ADAMW, "eps": 0.1} if dtype is torch.float16 else ADAMW  # 1e-8 is 0 there
-    run = GuardedRun("AdamW", [make_weight((2, n), seed=n) for n in lengths], options, dtype)
+    name, options = ("AdamW", ADAMW) if dtype is torch.float32 else ("SGD", STATEFUL["SGD"])
+    shapes = [(1, length - 1), (2, length), (2, length + 1)]
+    weights = [make_weight(shape, seed=i) for i, shape in enumerate(shapes)]
+    run = GuardedRun(name, weights, options, dtype)
     run.step()
-    expected = {ideal_shape(units(n), dtype.itemsize, 2) for n in lengths}
-    assert tile_shapes(run.optimizer) == expected
-    assert len(expected) > 1
+    expected = [ideal_shape(units(n), dtype.itemsize, 2) for _, n in shapes]
+    assert tile_shapes(run.optimizer) == set(expected)
+    assert expected[1] != expected[2]
 
 
 @pytest.mark.usefixtures("unmerged")
@@ -213,19 +214,17 @@ def test_parts_longer_than_a_tile(
     run.step()
     (plan,) = bucket_plans(run.optimizer)
     assert plan.slots == 2 * 2 * 2
-    assert all(len(plan.parts) < len(bucket.tiles) for bucket in plan.buckets[:1])
+    assert len(plan.parts) < sum(len(bucket.tiles) for bucket in plan.buckets)
 
 
-MIXTURE = ((4, 24), (3, 27), (5,), (2, 700), (2, 1030), (1, 20500), (7, 3, 2, 2))
+MIXTURE = ((4, 24), (3, 27), (5,), (2, 700), (2, 1030), (2, 20501))
 
 
 @pytest.mark.parametrize("buckets", [1, 4])
 @pytest.mark.parametrize("unit_dim", [0, 1])
 def test_merged_classes(unit_dim: int, buckets: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agc_triton.buckets, "MAX_BUCKETS", buckets)
-    weights = [make_weight(shape, unit_dim) for shape in MIXTURE[: -1 if unit_dim == 0 else None]]
-    # As few units along dimension 1 as along dimension 0.
-    weights = [w.movedim(0, unit_dim).contiguous() if w.dim() == 2 else w for w in weights]
+    weights = [make_weight(shape if unit_dim == 0 else shape[::-1], unit_dim) for shape in MIXTURE]
     run = GuardedRun("SGD", weights, {**STATEFUL["SGD"], "unit_dim": unit_dim})
     run.step()
     assert len(bucket_plans(run.optimizer)[0].buckets) <= buckets

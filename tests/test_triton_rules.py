@@ -14,7 +14,7 @@ import agc_triton.kernels.launch
 from agc_triton import adaptive_clip_grad_
 from tests.cases import NAMES, OPTIONS, STATEFUL, Kwargs, build, step_with, tolerance_key
 from tests.helpers import same
-from tests.oracle import Oracle, as_float64
+from tests.oracle import Oracle, Rounded, as_float64
 from tests.tolerances import TOLERANCES
 from tests.triton_cases import (
     CLIPPING,
@@ -66,21 +66,19 @@ class BothBackends:
         ]
 
     def step(self, grads: Sequence[Tensor | None]) -> None:
-        for oracle, params, optimizer in zip(
-            self.oracles, self.params, self.optimizers, strict=True
-        ):
+        runs = zip(self.oracles, self.optimizers, self.params, strict=True)
+        for oracle, optimizer, params in runs:
             oracle.step(grads)
-            step_with(optimizer, params, [None if g is None else g.clone().to(DEVICE) for g in grads])
+            step_with(optimizer, params, on_device(grads))
         ours, theirs = map(states_of, self.optimizers, self.params)
         self.oracles[0].check(self.params[0], ours)
-        for i, state in enumerate(ours):
-            values = [[o.params[i] for o in self.oracles], [p[i] for p in self.params]]
-            self._assert_agree(*values)
-            assert list(state) == list(theirs[i])
-            for key, value in state.items():
-                self._assert_agree([o.states[i][key] for o in self.oracles], [value, theirs[i][key]])
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            self._assert_agree([o.params[i] for o in self.oracles], [p[i] for p in self.params])
+            assert list(a) == list(b)
+            for key in a:
+                self._assert_agree([o.states[i][key] for o in self.oracles], [a[key], b[key]])
 
-    def _assert_agree(self, expected: Any, actual: Sequence[Tensor]) -> None:
+    def _assert_agree(self, expected: Sequence[Rounded], actual: Sequence[Tensor]) -> None:
         kinds = [(t.dtype, t.shape, t.stride()) for t in actual]
         assert kinds[0] == kinds[1]
         bound = sum(

@@ -80,8 +80,8 @@ def unit_values(
     The first and the last element of a unit hold most of its norm: losing one shows.
     """
     rng = torch.Generator().manual_seed(seed)
-    dim = 0 if unit_dim is None else unit_dim % len(shape)
     whole = sum(size != 1 for size in shape) <= 1
+    dim = 0 if unit_dim is None or whole else unit_dim % len(shape)
     units = 1 if whole else shape[dim]
     length = math.prod(shape) // units
     rows = torch.randn(units, length, generator=rng, dtype=torch.float64)

@@ -36,6 +36,9 @@ def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | Non
 
 
 def _fused_update(lists: TensorLists, group: Mapping[str, Any]) -> None:
+    if lists.params[0].element_size() < 4:
+        # torch's fused CPU kernel is wrong for 16 bits up to torch 2.13 (pytorch#191763).
+        return _update(lists, {**group, "fused": False})
     torch._fused_sgd_(
         lists.params,
         lists.grads,
@@ -43,6 +46,7 @@ def _fused_update(lists: TensorLists, group: Mapping[str, Any]) -> None:
         is_first_step=group["is_first_step"],
         **{key: group[key] for key in _OPTIONS},
     )
+    return None
 
 
 def _flags(group: Mapping[str, Any]) -> int:
