@@ -119,6 +119,8 @@ def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]
     Raises:
         RuntimeError: ``backend="triton"`` and one that they cannot take.
     """
+    if backend == "auto" and not any(param.is_cuda for param in group["params"]):
+        return []
     taken = []
     for i, param in enumerate(group["params"]):
         reason = why_torch(backend, group, param)

@@ -115,7 +115,7 @@ def _partition(
         states = [state[i] for state in lists.states if state]
         order = memory_order(param) if walk and _blockable(param, *states) else None
         # A state loaded with other strides than its parameter's cannot be walked in step with it.
-        if order is None or any(memory_order(state) != order for state in states):
+        if order is None or not all(_alike(param, order, state) for state in states):
             whole.append(i)
             continue
         layout = unit_layout(param.shape, order, clip.unit_dim)
@@ -124,6 +124,10 @@ def _partition(
         else:
             in_blocks.append((i, order, layout))
     return in_blocks, list(batched.values()), whole
+
+
+def _alike(param: Tensor, order: tuple[int, ...], state: Tensor) -> bool:
+    return state.stride() == param.stride() or memory_order(state) == order
 
 
 def _memory_view(tensor: Tensor, order: tuple[int, ...], layout: UnitLayout) -> Tensor:

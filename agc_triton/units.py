@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class UnitLayout(NamedTuple):
         return self.outer * self.inner
 
 
+@functools.lru_cache(maxsize=4096)
 def resolve_unit_dim(shape: torch.Size, unit_dim: int | None) -> int | None:
     """The dimension that indexes units, or None where the whole tensor is one unit.
 
@@ -67,6 +69,7 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     return order if tensor.permute(order).is_contiguous() else None
 
 
+@functools.lru_cache(maxsize=4096)
 def unit_layout(shape: torch.Size, order: tuple[int, ...], unit_dim: int | None) -> UnitLayout:
     """How the units of a dense tensor of this shape and memory order lie in memory.
 

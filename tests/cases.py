@@ -1,4 +1,4 @@
-"""The optimizers, option sets and modes that the tests of the torch path run through."""
+"""What the tests of the torch path run through: optimizers, options, modes, checked steps."""
 
 from __future__ import annotations
 

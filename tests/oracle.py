@@ -7,7 +7,8 @@ analysis; Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., secti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -233,6 +234,15 @@ class Oracle:
         self.states[i] = {
             key: value if key == "step" else value.to(where.stored) for key, value in state.items()
         }
+
+    def trajectory(self, grads: Iterable[Sequence[Tensor | None]]) -> list[Oracle]:
+        """Copies of itself after each of several steps."""
+        after = []
+        for given in grads:
+            self.step(given)
+            after.append(copy.copy(self))
+            self.params, self.states = list(self.params), list(self.states)
+        return after
 
     def check(self, params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> None:
         """Assert that an implementation has these parameters and exactly these states."""

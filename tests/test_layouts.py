@@ -62,12 +62,13 @@ def test_unit_dims(name: str, mode: str, unit_dim: int) -> None:
 
 # Memory orders of a dense parameter: transposed, channels_last, channels_last_3d, with sizes 1.
 ORDERS = [
-    *(((4, 3), (1, 0)), ((2, 3, 4), (2, 0, 1)), ((2, 3, 4), (1, 0, 2)), ((4, 1, 3), (2, 0, 1))),
-    *(
-        ((4, 3, 2, 2), (0, 2, 3, 1)),
-        ((3, 2, 2, 2, 2), (0, 2, 3, 4, 1)),
-        ((1, 4, 1, 3), (3, 0, 1, 2)),
-    ),
+    ((4, 3), (1, 0)),
+    ((2, 3, 4), (2, 0, 1)),
+    ((2, 3, 4), (1, 0, 2)),
+    ((4, 1, 3), (2, 0, 1)),
+    ((4, 3, 2, 2), (0, 2, 3, 1)),
+    ((3, 2, 2, 2, 2), (0, 2, 3, 4, 1)),
+    ((1, 4, 1, 3), (3, 0, 1, 2)),
 ]
 
 
@@ -109,8 +110,6 @@ SLICES: dict[str, Callable[[Tensor], Tensor]] = {
     "a column": lambda x: x[:, 2],
     "a block": lambda x: x.view(4, 2, 3)[:, :1, :2],
 }
-
-
 HOLES = [
     *((*case, cut, torch.float32) for case in CASES for cut in SLICES),
     *(
@@ -133,8 +132,8 @@ def test_parameters_with_holes(name: str, mode: str, cut: str, dtype: torch.dtyp
 @all_cases
 def test_states_with_strides_of_their_own(name: str, mode: str, loaded: bool) -> None:
     def restride(optimizer: Any) -> None:
-        saved = optimizer.state_dict() if loaded else optimizer
-        for state in saved.state.values() if not loaded else saved["state"].values():
+        saved = optimizer.state_dict()  # it shares the states themselves
+        for state in saved["state"].values():
             for key, value in state.items():
                 state[key] = in_order(value, range(value.dim())[::-1])
         if loaded:
@@ -183,8 +182,6 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "negated": lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag,
     "of a subclass": lambda x: x.as_subclass(Subclass),
 }
-
-
 # torch's foreach and fused functions raise where they would have to write to such views.
 PLAIN_CASES = [case for case in CASES if case[1] in ("default", "not fused")]
 
@@ -278,14 +275,11 @@ def test_gradients_under_the_smallest_norm_divided_by(name: str, mode: str) -> N
 def test_unscaling_of_small_dtypes(name: str, scale_shape: tuple[int, ...]) -> None:
     params = [randn(shape, torch.float16) for shape in ((4, 3), (0,), (), (5,))]
 
-    def scale(optimizer: Any) -> None:
-        optimizer.grad_scale = torch.full(scale_shape, 4.0)
-        optimizer.found_inf = torch.zeros(scale_shape)
-
-    scaled = build(name, params, {"eps": 0.1, "clipping": CLIPPING}, "fused")
-    scale(scaled)
+    optimizer: Any = build(name, params, {"eps": 0.1, "clipping": CLIPPING}, "fused")
     oracle = Oracle(name, params, TOLERANCES["float16"], eps=0.1, clipping=CLIPPING)
+    optimizer.grad_scale = torch.full(scale_shape, 4.0)
+    optimizer.found_inf = torch.zeros(scale_shape)
     grads = make_grads(params, 0)
     oracle.step(grads)
-    step_with(scaled, params, [g * 4 for g in grads])
-    oracle.check(params, states_of(scaled, params))
+    step_with(optimizer, params, [g * 4 for g in grads])
+    oracle.check(params, states_of(optimizer, params))

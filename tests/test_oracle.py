@@ -71,11 +71,7 @@ def trajectory(name: str, label: str, dtype: torch.dtype, key: str) -> list[Orac
     """The oracle after each step; the same for all modes that round alike."""
     options = OPTIONS[name][label]
     oracle = Oracle(name, make_params(dtype), TOLERANCES[key], clipping=CLIPPING, **options)
-    after = []
-    for step in range(STEPS):
-        oracle.step(make_grads(dtype, step))
-        after.append(copy.deepcopy(oracle))
-    return after
+    return oracle.trajectory(make_grads(dtype, step) for step in range(STEPS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

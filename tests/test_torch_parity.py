@@ -70,6 +70,9 @@ def assert_same_run(
     name: str, options: Mapping[str, Any], *clippings: float | None, **how: Any
 ) -> None:
     expected = run(getattr(torch.optim, name), options, **how)
+    dtype = how.get("dtype", torch.float32)
+    refused = dtype.is_complex if options.get("fused") else options.get("capturable", False)
+    assert len(expected) == (1 if refused else STEPS)
     for clipping in clippings:
         actual = run(getattr(agc_triton, f"{name}_AGC"), {**options, "clipping": clipping}, **how)
         assert len(actual) == len(expected)
@@ -91,8 +94,6 @@ def test_under_a_limit_that_nothing_reaches(name: str, options: dict[str, Any]) 
 
 DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 EXPLICIT_CASES = [case for case in STATEFUL_CASES if "default" not in case]
-
-
 OTHER_DTYPES = [
     (name, mode, dtype)
     for name, mode in STATEFUL_CASES
