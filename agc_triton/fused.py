@@ -31,7 +31,6 @@ RULE_VALUES = 8
 STRUCTURAL = ("unit_dim", "foreach", "fused", "differentiable", "capturable")
 
 _data_ptr = Tensor.data_ptr
-_is_contiguous = Tensor.is_contiguous
 _stride = Tensor.stride
 
 
@@ -111,11 +110,12 @@ class FusedStep:
         self.frozen = False
         real = self.dtype.to_real()
         n_states = len(members[0].states)
-        self._strides = None if all(map(_is_contiguous, params)) else list(map(_stride, params))
+        self._strides = list(map(_stride, params))
+        self._shapes = [p.shape for p in params]
         self._orders = [memory_order(p) for p in params]
         roles = [params, *([m.states[s] for m in members] for s in range(n_states))]
         addresses = [list(map(_data_ptr, tensors)) for tensors in roles]
-        self._addresses = addresses[0]
+        self._addresses = addresses
         grads = [0 if p.grad is None else p.grad.data_ptr() for p in params]
         self._aligned = [
             all(address % ALIGNMENT == 0 for address in of_tensor)
@@ -144,10 +144,16 @@ class FusedStep:
         layout = unit_layout(param.shape, order, group["unit_dim"])
         return layout._replace(inner=2 * layout.inner) if param.is_complex() else layout
 
-    def refresh(self, params: list[Tensor], groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Compare parameters, gradients and options with the tables; False if they do not fit."""
-        if list(map(_data_ptr, params)) != self._addresses:
-            return False
+    def refresh(
+        self,
+        params: list[Tensor],
+        states: Sequence[list[Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> bool:
+        """Compare everything with the tables; False if this plan does not fit any more."""
+        for tensors, addresses in zip((params, *states), self._addresses, strict=True):
+            if list(map(_data_ptr, tensors)) != addresses:
+                return False
         if not self._refresh_grads(params):
             return False
         return all(self._refresh_group(index, groups[index]) for index in self._groups)
@@ -168,10 +174,7 @@ class FusedStep:
         grads: list[Any] = [p.grad for p in params]
         try:
             addresses = list(map(_data_ptr, grads))
-            if self._strides is None:
-                same_layout = all(map(_is_contiguous, grads))
-            else:
-                same_layout = list(map(_stride, grads)) == self._strides
+            same_layout = list(map(_stride, grads)) == self._strides
         except (TypeError, RuntimeError):  # None, or sparse
             return self._refresh_each_grad(params, grads)
         if not same_layout or self.dtype.is_complex:
@@ -185,7 +188,9 @@ class FusedStep:
             if grad is None:
                 addresses.append(0)
                 continue
-            if grad.layout is not torch.strided:
+            if grad.layout is not torch.strided or grad.shape != self._shapes[i]:
+                return False
+            if memory_order(params[i]) != self._orders[i]:
                 return False
             if memory_order(grad) != self._orders[i] or grad.is_conj() or grad.is_neg():
                 original, grad = grad, torch.empty_like(params[i]).copy_(grad)
@@ -195,8 +200,9 @@ class FusedStep:
         return addresses == self._grads or self._new_grads(addresses, grads)
 
     def _new_grads(self, addresses: list[int], grads: list[Any]) -> bool:
-        if any(g is not None and g.dtype != self.dtype for g in grads):
-            return False
+        for grad, shape in zip(grads, self._shapes, strict=True):
+            if grad is not None and (grad.dtype != self.dtype or grad.shape != shape):
+                return False
         if any(
             a % ALIGNMENT and aligned for a, aligned in zip(addresses, self._aligned, strict=True)
         ):

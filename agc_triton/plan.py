@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agc_triton.fused import CLIP_ONLY, FusedStep, Member
 from agc_triton.units import memory_order
+from agc_triton.validation import check_grad, check_states
 
 if TYPE_CHECKING:
     from agc_triton.optim.optimizer import AGCOptimizer
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 class Part(NamedTuple):
     """A fused step and what it is run on.
 
-    ``states`` has, per role, its key in the parameters' ``entries`` of optimizer.state and the
-    tensors that lie in the tables; ``single`` are the indices of one-element parameters.
+    ``counts`` are the entries' step counts, if they have any; ``states`` has, per role, its key in
+    the parameters' ``entries`` of optimizer.state and the tensors that lie in the tables;
+    ``single`` are the indices of one-element parameters.
     """
 
     step: FusedStep
     params: list[Tensor]
     entries: list[dict[str, Any]]
+    counts: list[Tensor]
     states: list[tuple[str, list[Tensor]]]
     single: list[int]
 
@@ -49,7 +52,7 @@ class OptimizerPlan:
         launcher: Callable[..., Any],
         previous: OptimizerPlan | None,
     ) -> None:
-        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._grouped = [list(group["params"]) for group in optimizer.param_groups]
         # Graphs captured with earlier plans still read those plans' tables.
         self._captured = [] if previous is None else previous.captured()
         self._previous = previous
@@ -81,6 +84,9 @@ class OptimizerPlan:
         for lists, given in optimizer._batches(options):
             for i, param in enumerate(lists.params):
                 entry = optimizer.state.get(param, {})
+                at = next(k for k, p in enumerate(group["params"]) if p is param)
+                check_grad(param, lists.grads[i], group, index, at)
+                check_states(param, entry, group, index, at)
                 states = tuple(role[i] for role in lists.states if role)
                 states = tuple(_laid_out_as(param, state, entry) for state in states)
                 if lists.steps:
@@ -111,7 +117,8 @@ class OptimizerPlan:
             key = next(key for key, value in entries[0].items() if value is tensors[0])
             states.append((key, list(tensors)))
         single = [i for i, p in enumerate(params) if p.numel() == 1]
-        return Part(step, params, entries, states, single)
+        counted = [entry["step"] for entry in entries if "step" in entry]
+        return Part(step, params, entries, counted, states, single)
 
     def rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Groups of the parameters that take the torch path."""
@@ -125,19 +132,24 @@ class OptimizerPlan:
     def refresh(self, optimizer: AGCOptimizer, capturing: bool) -> bool:
         """Whether the plan fits what the optimizer holds now; its tables are then up to date."""
         groups, state = optimizer.param_groups, optimizer.state
-        if [len(group["params"]) for group in groups] != self._sizes or state is not self._state:
+        if state is not self._state or len(groups) != len(self._grouped):
             return False
+        for group, params in zip(groups, self._grouped, strict=True):
+            if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):
+                return False
         if len(state) != len(self._entries) or not all(map(is_, state.values(), self._entries)):
             return False
         if any(p.grad is not None for p in self.idle):
             return False
-        for step, params, entries, states, single in self.parts:
+        for step, params, entries, counts, states, single in self.parts:
             if step.frozen and not capturing:
+                return False
+            if counts and not all(map(is_, map(itemgetter("step"), entries), counts)):
                 return False
             for key, tensors in states:
                 if not _same_tensors([e.get(key) for e in entries], tensors, single):
                     return False
-            if not step.refresh(params, groups):
+            if not step.refresh(params, [tensors for _, tensors in states], groups):
                 return False
         return True
 
@@ -177,7 +189,7 @@ class ClipPlan:
         """Whether the plan fits these groups; its tables are then up to date."""
         for step, refs in self._parts:
             params = [p for p in (ref() for ref in refs) if p is not None]
-            if len(params) != len(refs) or not step.refresh(params, groups):
+            if len(params) != len(refs) or not step.refresh(params, [], groups):
                 return False
         return True
 

@@ -86,6 +86,26 @@ def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int
             )
 
 
+def check_states(
+    param: Tensor, states: Mapping[str, Any], group: Mapping[str, Any], index: int, i: int
+) -> None:
+    """Check that a parameter's states, but for its step count, can be walked in step with it.
+
+    Raises:
+        RuntimeError: dtype, device or shape differ.
+    """
+    for key, state in states.items():
+        if key == "step" or not isinstance(state, Tensor):
+            continue
+        for what in ("dtype", "device", "shape"):
+            ours, theirs = getattr(param, what), getattr(state, what)
+            if ours != theirs:
+                raise RuntimeError(
+                    f"{key}'s {what} ({theirs}) differs from the parameter's ({ours}) for"
+                    f" {tensor_name(group, index, i)}; convert the state along with the parameter"
+                )
+
+
 def tensor_name(group: Mapping[str, Any], group_index: int, i: int) -> str:
     """How messages call the i-th parameter of a group: ``parameter 3 ('fc.weight') of ...``."""
     names = group.get("param_names")

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -196,6 +197,9 @@ def _listed(lrs: pd.Index[Any]) -> str:
 
 def plot(epochs: pd.DataFrame, path: Path) -> None:
     """Loss above, accuracy below, one column per learning rate: median and range of the seeds."""
+    finite = np.isfinite(epochs["train_loss"] + epochs["test_loss"])
+    capped = epochs["train_loss"].where(finite, math.inf).clip(upper=LOSS_RANGE[1])
+    epochs = epochs.assign(finite=finite, train_loss=capped)
     lrs = sorted(epochs["lr"].unique())
     figure = Figure(figsize=(4 * len(lrs), 7), layout="constrained")
     axes = figure.subplots(2, len(lrs), sharex=True, sharey="row", squeeze=False)
@@ -221,17 +225,14 @@ def plot(epochs: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw(ax: Axes, values: pd.Series[float], runs: pd.DataFrame, name: str, color: str) -> None:
-    """Median, range, and a cross where a run stopped; after it the run keeps its last value."""
-    by_seed = values.groupby([runs["epoch"], runs["seed"]]).first().unstack("seed").ffill()
-    median = by_seed.median(axis="columns")
+def _draw(ax: Axes, runs: pd.DataFrame, column: str, name: str, color: str) -> None:
+    """Median, range and a cross where a run stopped; it is drawn on with its last value."""
+    by_seed = runs.set_index(["epoch", "seed"])[column].unstack("seed").sort_index().ffill()
+    ax.plot(by_seed.index, by_seed.median(axis="columns"), color=color, label=name)
     low, high = by_seed.min(axis="columns"), by_seed.max(axis="columns")
-    ax.plot(median.index, median, color=color, label=name)
-    ax.fill_between(median.index, low, high, color=color, alpha=0.2, linewidth=0)
-    last = runs.groupby("seed").tail(1)
-    stopped = last[~last[["train_loss", "test_loss"]].map(math.isfinite).all(axis="columns")]
-    ends = by_seed.iloc[-1][stopped["seed"]]
-    ax.plot(stopped["epoch"], ends, "x", color=color, markersize=9, label=f"{name}: loss overflows")
+    ax.fill_between(by_seed.index, low, high, color=color, alpha=0.2, linewidth=0)
+    stops = runs[~runs["finite"]]
+    ax.plot(stops["epoch"], stops[column], "x", color=color, markersize=8, clip_on=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

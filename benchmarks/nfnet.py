@@ -39,7 +39,8 @@ class ScaledStdConv2d(nn.Conv2d):
         """The weight the convolution uses."""
         var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
         fan_in = self.weight[0].numel()
-        return (self.weight - mean) * (var * fan_in).clamp(min=1e-4).rsqrt() * self.gain
+        scale: Tensor = (var * fan_in).clamp(min=1e-4).rsqrt() * self.gain
+        return (self.weight - mean) * scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve with the standardized weight."""
@@ -60,8 +61,8 @@ class NFBlock(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Add the residual branch to the shortcut."""
         x = scaled_relu(h / self.beta)
-        shortcut = h if self.shortcut is None else self.shortcut(x)
-        branch = self.conv2(scaled_relu(self.conv1(x)))
+        shortcut: Tensor = h if self.shortcut is None else self.shortcut(x)
+        branch: Tensor = self.conv2(scaled_relu(self.conv1(x)))
         return shortcut + ALPHA * self.skip_gain * branch
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from agc_triton.kernels.layout import ACTIVE, CONSTANTS, TENSOR_FIELDS, TILE_FIELDS, element, row
 from agc_triton.kernels.norms import sum_pairs
-from agc_triton.kernels.rules import GROUP_FIXED, RULE_RAW
+from agc_triton.kernels.rules import GROUP_FIXED, RULE_CONSTANTS, RULE_RAW
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _prepare(
     mask = i < n_tensors
     active = mask & (tl.load(addresses_ptr + n_tensors + i, mask=mask, other=0) != 0)
     if HAS_FOUND_INF:
-        active = active & (tl.load(found_inf_ptr) == 0.0)
+        active = active & (tl.load(found_inf_ptr + tl.zeros((BLOCK,), tl.int32)) == 0.0)
     step = tl.load(steps_ptr + i, mask=mask, other=0.0) + 1.0
     tl.store(steps_ptr + i, step, mask=active)
     group = tl.load(tensors_ptr + i * TENSOR_FIELDS + 3, mask=mask, other=0)
@@ -56,8 +56,11 @@ def _prepare(
     tl.store(out + 3, inverse, mask=mask)
     tl.store(out + 4, inverse * tl.load(raw_ptr + 2, mask=mask, other=1.0), mask=mask)
     prepared = PREPARE(raw, step.to(tl.float64))
-    for k in tl.static_range(len(prepared)):
-        tl.store(out + 5 + k, prepared[k], mask=mask)
+    for k in tl.static_range(RULE_CONSTANTS):
+        if k < len(prepared):
+            tl.store(out + 5 + k, prepared[k], mask=mask)
+        else:
+            tl.store(out + 5 + k, tl.zeros((BLOCK,), tl.float64), mask=mask)
 
 
 @triton.jit

@@ -58,7 +58,11 @@ OPTIONS: dict[str, dict[str, Kwargs]] = {
         "momentum": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1},
         "centered": {"lr": 0.5, "centered": True, "weight_decay": 0.1},
         "everything": {"lr": 0.5, "centered": True, "momentum": 0.9, "maximize": True},
+        "L2 on momentum": {"lr": 0.5, "momentum": 0.9, "maximize": True, "weight_decay": 0.1},
+        "alpha 0": {"lr": 0.5, "alpha": 0.0, "eps": 1e-3},
+        "alpha 1": {"lr": 0.5, "alpha": 1.0, "eps": 10.0},
         "Tensor lr": {"lr": torch.tensor(0.5), "weight_decay": 0.1},
+        "Tensor lr of shape (1,)": {"lr": torch.tensor([0.5]), "momentum": 0.9},
     },
 }
 # For what does not depend on the rule: every state there is.

@@ -113,6 +113,7 @@ def test_options_that_mean_the_torch_path_and_backend_triton(
         optimizer.add_param_group({"params": [make_param()], **option})
 
 
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
 @pytest.mark.parametrize(
     "option",
     [{"foreach": None}, {"foreach": False}, {"fused": None}, {"fused": True}, {"capturable": True}],

@@ -273,7 +273,8 @@ def test_gradients_under_the_smallest_norm_divided_by(name: str, mode: str) -> N
 @pytest.mark.parametrize("scale_shape", [(1,), ()], ids=str)
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_unscaling_of_small_dtypes(name: str, scale_shape: tuple[int, ...]) -> None:
-    params = [randn(shape, torch.float16) for shape in ((4, 3), (0,), (), (5,))]
+    params = [randn(shape, torch.float16) for shape in ((4, 3), (0,), (), (5,), ())]
+    params[-1] = params[-1].as_subclass(Subclass)
 
     optimizer: Any = build(name, params, {"eps": 0.1, "clipping": CLIPPING}, "fused")
     oracle = Oracle(name, params, TOLERANCES["float16"], eps=0.1, clipping=CLIPPING)

@@ -26,6 +26,7 @@ from tests.triton_cases import (
     make_grad,
     make_weight,
     on_device,
+    plan_of,
     states_of,
 )
 
@@ -145,6 +146,7 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
         oracle.check(params, states_of(optimizer, params))
 
 
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
 def test_capturable_reads_hyperparameters_from_the_device(name: str) -> None:
     options: dict[str, Any] = {"lr": torch.tensor(0.5), "weight_decay": 0.1, **TRITON}
@@ -228,6 +230,22 @@ def test_two_runs_give_the_same_bits(name: str) -> None:
         return params, states_of(optimizer, params)
 
     assert same(run(), run())
+
+
+@every_rule
+def test_what_scratch_memory_held_does_not_matter(name: str) -> None:
+    params = [make_weight(shape).float().to(DEVICE) for shape in ((3, 20), (1, 2, 10_245))]
+    optimizer = build(name, params, {**STATEFUL[name], **TRITON})
+    oracle = KernelOracle(name, params, **STATEFUL[name], clipping=CLIPPING)
+    for step, value in enumerate((0.0, torch.inf, 1e300)):
+        if step:
+            (part,) = plan_of(optimizer).parts
+            part.step.launcher.constants.fill_(value)
+            part.step.launcher.partials.fill_(min(value, 1e38))
+        grads = [make_grad(p.shape, seed=step).float().to(DEVICE) for p in params]
+        oracle.step(grads)
+        step_with(optimizer, params, grads)
+        oracle.check(params, states_of(optimizer, params))
 
 
 def weights_and_grads(kind: str) -> tuple[Tensor, Tensor]:

@@ -104,12 +104,14 @@ def make_grad(shape: Sequence[int], unit_dim: int | None = None, seed: int = 0) 
     return unit_values(shape, unit_dim, (1.0, 0.01), seed)
 
 
-def check_clipped(weight: Tensor, before: Tensor, after: Tensor | None) -> None:
+def check_clipped(
+    weight: Tensor, before: Tensor, after: Tensor | None, **options: float | None
+) -> None:
     """Assert that a gradient has been clipped against its weight; it may be on its limit."""
     assert after is not None
     entry = tolerance(weight.dtype)
     p, g = (exact(as_float64(t), entry.stored).to(entry.norms) for t in (weight, before))
-    options = {"clipping": CLIPPING, "agc_eps": 1e-3, "unit_dim": None}
+    options = {"clipping": CLIPPING, "agc_eps": 1e-3, "unit_dim": None, **options}
     expected = clip(p, g, weight.shape, options, entry.stored)
     margin = max(entry.margin, tolerance(entry.rule).margin)
     # The error is 0 where a unit is under its limit, which keeps its bits.

@@ -167,6 +167,7 @@ class AGCOptimizer(Optimizer):
         # Costs a host sync on CUDA, as GradScaler itself does for optimizers it cannot fuse with.
         if not groups or (found_inf is not None and found_inf.item()):
             return
+        scale = None if scale is None else scale.reshape(())
         for group in groups:
             for lists, options in self._batches(group):
                 if group["clipping"]:

@@ -1,0 +1,87 @@
+"""Plans of clipping alone follow parameters, gradients and options, and outlive neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agc_triton import adaptive_clip_grad_
+from tests.triton_cases import (
+    CLIPPING,
+    DEVICE,
+    check_clipped,
+    make_grad,
+    make_weight,
+)
+from tests.triton_training import (
+    make_params,
+    moved,
+    unaligned,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_scratch")
+
+
+def clip_and_check(params: list[Tensor]) -> None:
+    before = [None if p.grad is None else p.grad.clone() for p in params]
+    adaptive_clip_grad_(params, CLIPPING, backend="triton")
+    for p, grad in zip(params, before, strict=True):
+        if grad is not None:
+            check_clipped(p, grad, p.grad)
+
+
+def test_clipping_alone_follows_gradients_and_parameters() -> None:
+    params = make_params()
+    unused = []
+    for seed in range(3):
+        for i, p in enumerate(params):
+            unused.append(p.grad)
+            p.grad = make_grad(p.shape, seed=seed + i).float().to(DEVICE)
+        params[1].grad = params[1].grad if seed != 1 else None
+        clip_and_check(params)
+    for p in params:
+        p.data = moved(p) * 0.5
+        assert p.grad is not None
+        p.grad.mul_(100.0)
+    clip_and_check(params)
+    for p in params:
+        assert p.grad is not None
+        p.grad = unaligned(p.grad * 100.0)
+    clip_and_check(params)
+
+
+def test_clipping_alone_forgets_parameters_that_are_gone() -> None:
+    for seed in range(4):  # ids and addresses come again
+        param = make_weight((3, 20), seed=seed).float().to(DEVICE)
+        param.grad = make_grad((3, 20), seed=seed).float().to(DEVICE)
+        clip_and_check([param])
+        del param
+
+
+def test_clipping_alone_follows_its_options() -> None:
+    param = make_weight((4, 4)).float().to(DEVICE)
+    grad = make_grad((4, 4)).float().to(DEVICE)
+    changes: list[dict[str, Any]] = [{}, {"unit_dim": 1}, {"agc_eps": 10.0}, {"clipping": 0.5}]
+    results = []
+    for change in changes:
+        param.grad = grad.clone()
+        options = {"clipping": CLIPPING, **change}
+        adaptive_clip_grad_([param], **options, backend="triton")
+        check_clipped(param, grad, param.grad, **options)
+        results.append(tuple(param.grad.flatten().tolist()))
+    assert len(set(results)) == len(changes)
+
+
+@pytest.mark.parametrize("view", [torch.t, lambda t: t.view(2, 8)], ids=["transposed", "reshaped"])
+def test_clipping_alone_follows_shapes(view: Callable[[Tensor], Tensor]) -> None:
+    param = make_weight((4, 4)).float().to(DEVICE)
+    param.grad = make_grad((4, 4)).float().to(DEVICE)
+    clip_and_check([param])
+    grad, param.grad = param.grad.mul_(100.0), None
+    param.data = view(param.data)
+    param.grad = view(grad)
+    clip_and_check([param])
