@@ -151,6 +151,8 @@ class FusedStep:
         groups: Sequence[Mapping[str, Any]],
     ) -> bool:
         """Compare everything with the tables; False if this plan does not fit any more."""
+        if list(map(_stride, params)) != self._strides:
+            return False
         for tensors, addresses in zip((params, *states), self._addresses, strict=True):
             if list(map(_data_ptr, tensors)) != addresses:
                 return False

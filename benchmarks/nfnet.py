@@ -39,12 +39,14 @@ class ScaledStdConv2d(nn.Conv2d):
         """The weight the convolution uses."""
         var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
         fan_in = self.weight[0].numel()
-        scale: Tensor = (var * fan_in).clamp(min=1e-4).rsqrt() * self.gain
-        return (self.weight - mean) * scale
+        scale = (var * fan_in).clamp(min=1e-4).rsqrt() * self.gain
+        weight: Tensor = (self.weight - mean) * scale
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve with the standardized weight."""
-        return self._conv_forward(x, self.standardized_weight(), self.bias)
+        out: Tensor = self._conv_forward(x, self.standardized_weight(), self.bias)
+        return out
 
 
 class NFBlock(nn.Module):
@@ -61,9 +63,9 @@ class NFBlock(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Add the residual branch to the shortcut."""
         x = scaled_relu(h / self.beta)
-        shortcut: Tensor = h if self.shortcut is None else self.shortcut(x)
-        branch: Tensor = self.conv2(scaled_relu(self.conv1(x)))
-        return shortcut + ALPHA * self.skip_gain * branch
+        shortcut = h if self.shortcut is None else self.shortcut(x)
+        out: Tensor = shortcut + ALPHA * self.skip_gain * self.conv2(scaled_relu(self.conv1(x)))
+        return out
 
 
 class NFNet(nn.Module):

@@ -78,10 +78,9 @@ def around(dtype: torch.dtype, states: int) -> list[Any]:
     ],
 )
 def test_both_sides_of_every_boundary(dtype: torch.dtype, length: int) -> None:
-    name, options = ("AdamW", ADAMW) if dtype is torch.float32 else ("SGD", STATEFUL["SGD"])
-    shapes = [(1, length - 1), (2, length), (2, length + 1)]
+    shapes = [(1, length - 1), (1, length), (2, length + 1)]
     weights = [make_weight(shape, seed=i) for i, shape in enumerate(shapes)]
-    run = GuardedRun(name, weights, options, dtype)
+    run = GuardedRun("SGD", weights, STATEFUL["SGD"], dtype)
     run.step()
     expected = [ideal_shape(units(n), dtype.itemsize, 2) for _, n in shapes]
     assert tile_shapes(run.optimizer) == set(expected)
@@ -104,12 +103,11 @@ LENGTHS = (3, 128, 129, 644, 20480, 20481)
 
 
 @pytest.mark.usefixtures("unmerged")
-@pytest.mark.parametrize("options", [SGD, STATEFUL["SGD"]], ids=["no state", "one state"])
-def test_fewer_states(options: dict[str, Any]) -> None:
-    run = GuardedRun("SGD", [make_weight((2, n), seed=n) for n in LENGTHS], options)
+@pytest.mark.parametrize(("name", "options"), [("SGD", SGD), ("AdamW", ADAMW)])
+def test_no_state_and_two_states(name: str, options: dict[str, Any]) -> None:
+    run = GuardedRun(name, [make_weight((2, n), seed=n) for n in LENGTHS], options)
     run.step()
-    expected = {ideal_shape(units(n), 4, 2) for n in LENGTHS}
-    assert tile_shapes(run.optimizer) == expected
+    assert tile_shapes(run.optimizer) == {ideal_shape(units(n), 4, 2) for n in LENGTHS}
 
 
 @pytest.mark.usefixtures("unmerged")
@@ -133,7 +131,7 @@ def test_clipping_alone(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("role", ["param", "grad", "state"])
 @pytest.mark.parametrize(
     ("dtype", "offset"),
-    [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 4), (torch.float64, 1)],
+    [(torch.float32, 2), (torch.bfloat16, 1)],
     ids=str,
 )
 def test_one_unaligned_address_is_enough(dtype: torch.dtype, offset: int, role: str) -> None:
@@ -208,13 +206,14 @@ def test_parts_longer_than_a_tile(
     dtype: torch.dtype, unit_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agc_triton.buckets, "MAX_PARTS", 2)
-    shapes = [(2, length) if unit_dim == 0 else (length, 2) for length in (32768, 40_001)]
-    weights = [make_weight(shape, unit_dim) for shape in shapes]
-    run = GuardedRun("SGD", weights, {**SGD, "unit_dim": unit_dim}, dtype)
+    shape = (2, 40_001) if unit_dim == 0 else (40_001, 2)
+    options = {**SGD, "unit_dim": unit_dim}
+    run = GuardedRun("SGD", [make_weight(shape, unit_dim)], options, dtype)
     run.step()
     (plan,) = bucket_plans(run.optimizer)
-    assert plan.slots == 2 * 2 * 2
-    assert len(plan.parts) < sum(len(bucket.tiles) for bucket in plan.buckets)
+    (bucket,) = plan.buckets
+    assert len(plan.parts) == plan.slots == 2 * 2
+    assert len(bucket.tiles) > len(plan.parts)
 
 
 MIXTURE = ((4, 24), (3, 27), (5,), (2, 700), (2, 1030), (2, 20501))
