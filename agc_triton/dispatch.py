@@ -108,9 +108,8 @@ def why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | No
 
 def may_use_triton(backend: str, params: list[Tensor]) -> bool:
     """Whether any of these could be stepped by the kernels."""
-    if backend == "torch" or kernels_missing():
-        return False
-    return backend == "triton" or any(p.is_cuda for p in params)
+    wanted = backend == "triton" or (backend == "auto" and any(p.is_cuda for p in params))
+    return wanted and kernels_missing() is None
 
 
 def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]:

@@ -108,6 +108,8 @@ class FusedStep:
         self.flags = rule.flags(groups[members[0].group])
         self.dtype = params[0].dtype
         self.frozen = False
+        # Addresses of step counts that are kept in optimizer.state.
+        self.counted: list[int] = []
         real = self.dtype.to_real()
         n_states = len(members[0].states)
         self._strides = list(map(_stride, params))

@@ -55,7 +55,10 @@ class OptimizerPlan:
         self._grouped = [list(group["params"]) for group in optimizer.param_groups]
         # Graphs captured with earlier plans still read those plans' tables.
         self._captured = [] if previous is None else previous.captured()
-        self._previous = previous
+        self._state: Any = optimizer.state
+        # Counts that no entry of the state holds go with the state that they were made for.
+        same_state = previous is not None and previous._state is optimizer.state
+        self._previous = previous if same_state else None
         self._rest = [
             [p for p in group["params"] if p not in set(params)]
             for group, params in zip(optimizer.param_groups, eligible, strict=True)
@@ -71,7 +74,6 @@ class OptimizerPlan:
                 members.setdefault(key, []).append(member)
         self.parts = [self._part(optimizer, list_, launcher) for list_ in members.values()]
         self._previous = None
-        self._state = optimizer.state
         self._entries = list(optimizer.state.values())
 
     def _members(self, optimizer: AGCOptimizer, index: int, params: list[Tensor]) -> list[Member]:
@@ -118,6 +120,7 @@ class OptimizerPlan:
             states.append((key, list(tensors)))
         single = [i for i, p in enumerate(params) if p.numel() == 1]
         counted = [entry["step"] for entry in entries if "step" in entry]
+        step.counted = [count.data_ptr() for count in counted]
         return Part(step, params, entries, counted, states, single)
 
     def rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -145,6 +148,8 @@ class OptimizerPlan:
             if step.frozen and not capturing:
                 return False
             if counts and not all(map(is_, map(itemgetter("step"), entries), counts)):
+                return False
+            if list(map(Tensor.data_ptr, counts)) != step.counted:
                 return False
             for key, tensors in states:
                 if not _same_tensors([e.get(key) for e in entries], tensors, single):

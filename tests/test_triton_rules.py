@@ -32,9 +32,9 @@ from tests.triton_cases import (
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
-# On which steps each parameter has a gradient: always, late, with a gap, never.
+# On which steps each parameter has a gradient: always, late, no longer, never.
 SHAPES = ((4, 24), (7,), (), (2, 3, 2))
-PRESENT = ("111", "011", "101", "000")
+PRESENT = ("111", "011", "110", "000")
 STEPS = 3
 
 
@@ -297,6 +297,19 @@ def test_more_tensors_than_one_program_prepares(monkeypatch: pytest.MonkeyPatch)
         oracle.step(grads)
         step_with(optimizer, params, grads)
         oracle.check(params, states_of(optimizer, params))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_units_next_to_their_limit(dtype: torch.dtype) -> None:
+    # Norms of 4, and so limits of 1.
+    param = torch.full((2, 4), 2.0, dtype=dtype, device=DEVICE)
+    grad = torch.zeros_like(param)
+    grad[0, 1], grad[1, 2] = 1 - 1e-5, 1 + 1e-5
+    param.grad = grad.clone()
+    adaptive_clip_grad_([param], 0.25, backend="triton")
+    assert torch.equal(param.grad[0], grad[0])
+    assert not torch.equal(param.grad[1], grad[1])
+    check_clipped(param, grad, param.grad, clipping=0.25)
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class KernelOracle(Oracle):
         self.entry = tolerance(params[0].dtype)
         narrow = self.entry.stored is not self.entry.rule
         self.compute = tolerance(self.entry.rule) if narrow else self.entry
-        options.pop("backend", None), options.pop("capturable", None)
-        super().__init__(name, params, self.compute, **options)
+        known = {k: v for k, v in options.items() if k not in ("backend", "capturable")}
+        super().__init__(name, params, self.compute, **known)
 
     def step(self, grads: Sequence[Tensor | None]) -> None:
         """As the kernels do it."""
