@@ -229,7 +229,11 @@ class FusedStep:
         values = self.tables.host_values[index]
         values[:FIXED_VALUES] = clipping, group["agc_eps"], sign
         for k, value in enumerate(self.rule.hyper(group)):
-            on_device = isinstance(value, Tensor) and (value.is_cuda or group.get("capturable"))
+            on_device = (
+                isinstance(value, Tensor)
+                and value.device == self.tables.device
+                and (value.is_cuda or group.get("capturable"))
+            )
             if on_device and value.dtype != torch.float32:
                 raise RuntimeError(
                     f"a hyperparameter tensor on {value.device} must be float32, not"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,8 +61,8 @@ class OptimizerPlan:
         same_state = previous is not None and previous._state is optimizer.state
         self._previous = previous if same_state else None
         self._rest = [
-            [p for p in group["params"] if p not in set(params)]
-            for group, params in zip(optimizer.param_groups, eligible, strict=True)
+            [p for p in group["params"] if p not in taken]
+            for group, taken in zip(optimizer.param_groups, map(set, eligible), strict=True)
         ]
         self.counts: dict[Tensor, Tensor] = {}
         self.idle = [p for params in eligible for p in params if p.grad is None]
@@ -132,7 +133,7 @@ class OptimizerPlan:
         """Steps that a captured graph may replay."""
         return self._captured + [part.step for part in self.parts if part.step.frozen]
 
-    def refresh(self, optimizer: AGCOptimizer, capturing: bool) -> bool:
+    def refresh(self, optimizer: AGCOptimizer) -> bool:
         """Whether the plan fits what the optimizer holds now; its tables are then up to date."""
         groups, state = optimizer.param_groups, optimizer.state
         if state is not self._state or len(groups) != len(self._grouped):
@@ -145,7 +146,7 @@ class OptimizerPlan:
         if any(p.grad is not None for p in self.idle):
             return False
         for step, params, entries, counts, states, single in self.parts:
-            if step.frozen and not capturing:
+            if step.frozen:  # a graph replays its tables
                 return False
             if counts and not all(map(is_, map(itemgetter("step"), entries), counts)):
                 return False
@@ -162,7 +163,8 @@ class OptimizerPlan:
         """Launch everything."""
         for part in self.parts:
             device = part.params[0].device
-            part.step.run(_on(grad_scale, device), _on(found_inf, device), capturing)
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                part.step.run(_on(grad_scale, device), _on(found_inf, device), capturing)
 
 
 class ClipPlan:

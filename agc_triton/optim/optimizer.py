@@ -147,7 +147,7 @@ class AGCOptimizer(Optimizer):
     def _step_groups(self) -> None:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        fits = self._plan is not None and self._plan.refresh(self, capturing)
+        fits = self._plan is not None and self._plan.refresh(self)
         rest = self._plan.rest(self.param_groups) if fits and self._plan else self.param_groups
         if rest:
             for index, group in enumerate(self.param_groups):
@@ -155,7 +155,7 @@ class AGCOptimizer(Optimizer):
         if not fits:
             self._plan = dispatch.plan(self, self._plan)
             if self._plan is not None:
-                dispatch.refreshed(self._plan.refresh(self, capturing))
+                dispatch.refreshed(self._plan.refresh(self))
                 rest = self._plan.rest(self.param_groups)
         if self._plan is not None:
             self._plan.run(scale, found_inf, capturing)
