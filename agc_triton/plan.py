@@ -83,13 +83,13 @@ class OptimizerPlan:
         # Step counts belong on the device, and clipping=0 differs only in its limit there.
         options = {**group, "params": params, "fused": None, "capturable": True}
         options["clipping"] = group["clipping"] or torch.inf
+        position = {param: i for i, param in enumerate(group["params"])}
         members = []
         for lists, given in optimizer._batches(options):
             for i, param in enumerate(lists.params):
                 entry = optimizer.state.get(param, {})
-                at = next(k for k, p in enumerate(group["params"]) if p is param)
-                check_grad(param, lists.grads[i], group, index, at)
-                check_states(param, entry, group, index, at)
+                check_grad(param, lists.grads[i], group, index, position[param])
+                check_states(param, entry, group, index, position[param])
                 states = tuple(role[i] for role in lists.states if role)
                 states = tuple(_laid_out_as(param, state, entry) for state in states)
                 if lists.steps:
