@@ -23,6 +23,7 @@ RMSPROP_MOMENTUM = tl.constexpr(2)
 
 @triton.jit
 def sgd_prepare(raw, step):
+    """Momentum, weight of the new gradient, weight decay, lr."""
     lr, momentum, dampening, weight_decay = raw[0], raw[1], raw[2], raw[3]
     # The momentum buffer starts as the first gradient, without dampening.
     keep = tl.where(step == 1.0, 1.0, 1.0 - dampening)
@@ -31,6 +32,7 @@ def sgd_prepare(raw, step):
 
 @triton.jit
 def sgd(p, g, states, h, FLAGS: tl.constexpr):
+    """torch.optim.SGD: L2 decay, momentum with dampening, Nesterov."""
     g = g + h[2] * p
     new_states = ()
     if SGD_MOMENTUM & FLAGS:
@@ -45,6 +47,7 @@ def sgd(p, g, states, h, FLAGS: tl.constexpr):
 
 @triton.jit
 def adam_prepare(raw, step):
+    """1 - beta1, beta2, 1 - beta2, L2, decay factor, step size, 1 / sqrt(correction), eps."""
     lr, beta1, beta2, eps, weight_decay = raw[0], raw[1], raw[2], raw[3], raw[4]
     decoupled = raw[5]
     bias_correction1 = 1.0 - tl.exp2(step * tl.log2(beta1))
@@ -63,6 +66,7 @@ def adam_prepare(raw, step):
 
 @triton.jit
 def adam(p, g, states, h, FLAGS: tl.constexpr):
+    """torch.optim.Adam and AdamW, with or without amsgrad."""
     g = g + h[3] * p
     exp_avg = states[0] + h[0] * (g - states[0])
     exp_avg_sq = h[1] * states[1] + h[2] * g * g
@@ -77,12 +81,14 @@ def adam(p, g, states, h, FLAGS: tl.constexpr):
 
 @triton.jit
 def rmsprop_prepare(raw, step):
+    """Alpha, 1 - alpha, eps, weight decay, momentum, lr."""
     lr, alpha, eps, weight_decay, momentum = raw[0], raw[1], raw[2], raw[3], raw[4]
     return (alpha, 1.0 - alpha, eps, weight_decay, momentum, lr)
 
 
 @triton.jit
 def rmsprop(p, g, states, h, FLAGS: tl.constexpr):
+    """torch.optim.RMSprop, centered or not, with or without momentum."""
     g = g + h[3] * p
     square_avg = h[0] * states[0] + h[1] * g * g
     new_states = (square_avg,)
@@ -101,9 +107,11 @@ def rmsprop(p, g, states, h, FLAGS: tl.constexpr):
 
 @triton.jit
 def clip_prepare(raw, step):
+    """Clipping alone needs no constants."""
     return ()
 
 
 @triton.jit
 def clip(p, g, states, h, FLAGS: tl.constexpr):
+    """The clipped gradient itself."""
     return g, ()
