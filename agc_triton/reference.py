@@ -7,18 +7,18 @@ rule is written here: a `Rule` calls the functions that torch.optim itself calls
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agc_triton.rule import Clip, Rule, TensorLists
+from agc_triton.rule import Clip, Rule, TensorLists, Update
 from agc_triton.units import UnitLayout, memory_order, norm_dims, unit_layout
 
 # Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
 # the ~10 torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
-BLOCK = 1 << 20
+BLOCK = 1 << 19
 
 # One-unit tensors up to this many elements (biases, gains) go through in one foreach batch.
 SMALL = 1 << 14
@@ -46,7 +46,7 @@ def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
 
     Source: Brock et al. 2021 (arXiv 2102.06171), equation 3; 1e-6 as in the authors' code.
     """
-    limit = p_norm.clamp(min=clip.agc_eps).mul(clip.clipping)
+    limit = p_norm.clamp(min=clip.agc_eps).mul_(clip.clipping)
     return torch.where(g_norm > limit, limit / g_norm.clamp(min=1e-6), 1.0)
 
 
@@ -61,13 +61,21 @@ def step(
 
     ``grad_scale`` (0-dim or one element) divides the gradients first, as torch.amp.GradScaler asks.
     """
-    update = _block_update(rule, group)
     in_blocks, batched, whole = _partition(lists, group, clip)
-    scratch: dict[torch.dtype, Tensor] = {}
-    for i, order, layout in in_blocks:
-        _step_blocks(update, lists.select([i]), group, clip, order, layout, scratch, grad_scale)
-    for indices in batched:
-        _step_batch(update, lists.select(indices), group, clip, grad_scale)
+    counted = [*in_blocks, *(i for indices in batched.values() for i in indices)]
+    if lists.steps and counted:
+        torch._foreach_add_([lists.steps[i] for i in counted], 1)
+    updates: dict[torch.dtype, Update] = {}
+    scratch = _Scratch()
+    for i, (order, layout) in in_blocks.items():
+        dtype = lists.params[i].dtype
+        if dtype not in updates:
+            updates[dtype] = _counted_update(rule, group, dtype)
+        one = lists.select([i])
+        _step_blocks(updates[dtype], one, clip, order, layout, scratch, grad_scale)
+    for dtype, indices in batched.items():
+        update = _counted_update(rule, group, dtype)
+        _step_batch(update, lists.select(indices), clip, grad_scale)
     if whole:
         _step_whole(rule.update, lists.select(whole), group, clip, grad_scale)
 
@@ -79,17 +87,25 @@ def clip_grad_(param: Tensor, grad: Tensor, clip: Clip) -> None:
         grad.mul_(_tensor_factors(param, grad, clip))
         return
     layout = unit_layout(param.shape, order, clip.unit_dim)
-    p, g = _memory_view(param, order, layout), _memory_view(grad, order, layout)
-    for index, factors in _walk(p, g, clip, None):
-        g[index].mul_(factors)
+    views = [_memory_view(t, order, layout) for t in (param, grad)]
+    for (_, block), factors in _walk(views, clip, None):
+        block.mul_(factors)
 
 
-def _block_update(rule: Rule, group: Mapping[str, Any]) -> Callable[..., None]:
-    """torch's fused kernels where the user left the choice open, else what was asked for."""
+def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
+    """The update of steps counted already: torch's fused kernels unless the user chose others."""
     fused = group.get("fused")
     if fused is None and group.get("foreach") is None and not group.get("capturable"):
         fused = True
-    return rule.fused_update if fused and rule.fused_update else rule.update
+    update = rule.fused(group, dtype) if fused else None
+    if update is not None:
+        return update
+    options = {**group, "fused": False}
+
+    def uncounted(lists: TensorLists) -> None:
+        rule.update(lists._replace(steps=[t - 1 for t in lists.steps]), options)
+
+    return uncounted
 
 
 def _blockable(*tensors: Tensor) -> bool:
@@ -105,9 +121,9 @@ def _blockable(*tensors: Tensor) -> bool:
 
 def _partition(
     lists: TensorLists, group: Mapping[str, Any], clip: Clip
-) -> tuple[list[tuple[int, tuple[int, ...], UnitLayout]], list[list[int]], list[int]]:
+) -> tuple[dict[int, tuple[tuple[int, ...], UnitLayout]], dict[torch.dtype, list[int]], list[int]]:
     """Which parameters go in blocks, in one foreach batch per dtype, or whole."""
-    in_blocks: list[tuple[int, tuple[int, ...], UnitLayout]] = []
+    in_blocks: dict[int, tuple[tuple[int, ...], UnitLayout]] = {}
     batched: defaultdict[torch.dtype, list[int]] = defaultdict(list)
     whole: list[int] = []
     walk = not group.get("foreach") and not group.get("differentiable")
@@ -122,8 +138,8 @@ def _partition(
         if layout.units == 1 and layout.length <= SMALL and param.dtype == norm_dtype(param.dtype):
             batched[param.dtype].append(i)
         else:
-            in_blocks.append((i, order, layout))
-    return in_blocks, list(batched.values()), whole
+            in_blocks[i] = order, layout
+    return in_blocks, batched, whole
 
 
 def _alike(param: Tensor, order: tuple[int, ...], state: Tensor) -> bool:
@@ -131,74 +147,98 @@ def _alike(param: Tensor, order: tuple[int, ...], state: Tensor) -> bool:
 
 
 def _memory_view(tensor: Tensor, order: tuple[int, ...], layout: UnitLayout) -> Tensor:
-    """The tensor in memory order, (outer, units, inner); a view where its strides allow."""
-    return tensor.permute(order).reshape(layout)
+    """The tensor in memory order: (units, inner), or (outer, units, inner) if there is an outer.
+
+    A view where its strides allow. Every call counts: between blocks that fill the caches even the
+    smallest takes about 10 microseconds.
+    """
+    if order != tuple(range(len(order))):
+        tensor = tensor.permute(order)
+    return tensor.reshape(layout if layout.outer > 1 else layout[1:])
+
+
+class _Scratch:
+    """Memory for one block's clipped gradient, used again for every block of a step."""
+
+    def __init__(self) -> None:
+        self._memory: dict[torch.dtype, Tensor] = {}
+        self._views: dict[tuple[torch.dtype, torch.Size], Tensor] = {}
+
+    def like(self, block: Tensor) -> Tensor:
+        """Uninitialized, contiguous, with the block's shape and dtype."""
+        dtype, shape = block.dtype, block.shape
+        view = self._views.get((dtype, shape))
+        if view is None:
+            memory = self._memory.get(dtype)
+            if memory is None or memory.numel() < block.numel():
+                self._views.clear()
+                memory = self._memory[dtype] = torch.empty(block.numel(), dtype=dtype)
+            view = self._views[dtype, shape] = memory[: block.numel()].view(shape)
+        return view
 
 
 def _walk(
-    p: Tensor, g: Tensor, clip: Clip, grad_scale: Tensor | None
-) -> Iterator[tuple[Any, Tensor]]:
-    """Blocks contiguous in memory, as an index into (outer, units, inner), and their factors."""
-    outer, units, inner = p.shape
-    rows = max(1, BLOCK // inner)
-    if p.numel() <= BLOCK:
-        yield ..., _block_factors(p, g, clip, grad_scale)
-    elif outer > 1:
-        factors = _block_factors(p, g, clip, grad_scale)
-        count = max(1, BLOCK // (units * inner))
-        for o in range(0, outer, count):
-            yield slice(o, o + count), factors
-    else:
-        rows -= rows % ROW_MULTIPLE if rows > ROW_MULTIPLE else 0
-        for u in range(0, units, rows):
-            at = (slice(None), slice(u, u + rows))
-            factors = _block_factors(p[at], g[at], clip, grad_scale)
-            for i in range(0, inner, BLOCK):
-                yield at if inner <= BLOCK else (*at, slice(i, i + BLOCK)), factors
+    views: list[Tensor], clip: Clip, grad_scale: Tensor | None
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """Blocks contiguous in memory of p, g and whatever lies alike, each with its units' factors.
+
+    ``views`` are what `_memory_view` makes of them.
+    """
+    *outer, units, inner = views[0].shape
+    if outer:
+        factors = _block_factors(views[0], views[1], (0, 2), clip, grad_scale)
+        for block in _split(views, BLOCK // (units * inner), 0):
+            yield block, factors
+        return
+    rows = BLOCK // inner
+    if ROW_MULTIPLE < rows < units:
+        rows -= rows % ROW_MULTIPLE
+    for part in _split(views, rows, 0):
+        factors = _block_factors(part[0], part[1], (1,), clip, grad_scale)
+        for block in _split(part, BLOCK, 1):
+            yield block, factors
 
 
-def _block_factors(p: Tensor, g: Tensor, clip: Clip, grad_scale: Tensor | None) -> Tensor:
-    """Factors of the units of a (outer, units, inner) block, shaped (1, units, 1)."""
-    p_norm, g_norm = unit_norms(p, (0, 2)), unit_norms(g, (0, 2))
+def _split(tensors: Sequence[Tensor], size: int, dim: int) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors themselves where they are small enough, else parts of ``size`` >= 1 of each."""
+    if tensors[0].shape[dim] <= max(1, size):
+        return [tuple(tensors)]
+    return zip(*(torch.split(t, max(1, size), dim) for t in tensors), strict=True)
+
+
+def _block_factors(
+    p: Tensor, g: Tensor, dims: tuple[int, ...], clip: Clip, grad_scale: Tensor | None
+) -> Tensor:
+    """Factors of a block's units, which broadcast against it."""
+    p_norm, g_norm = unit_norms(p, dims), unit_norms(g, dims)
     if grad_scale is None:
         return clip_factors(p_norm, g_norm, clip)
     return clip_factors(p_norm, g_norm / grad_scale, clip) / grad_scale
 
 
 def _step_blocks(
-    update: Callable[..., None],
+    update: Update,
     lists: TensorLists,
-    group: Mapping[str, Any],
     clip: Clip,
     order: tuple[int, ...],
     layout: UnitLayout,
-    scratch: dict[torch.dtype, Tensor],
+    scratch: _Scratch,
     grad_scale: Tensor | None,
 ) -> None:
     """One parameter, block after block: norms, scaled gradient into scratch, torch's update."""
-    p, g = (_memory_view(t, order, layout) for t in (lists.params[0], lists.grads[0]))
-    states = [[_memory_view(t, order, layout) for t in state] for state in lists.states]
-    counted = lists.steps
-    for index, factors in _walk(p, g, clip, grad_scale):
-        block, given = (p, g) if index is ... else (p[index], g[index])
-        out = scratch.get(p.dtype)
-        if out is None or out.numel() < block.numel():
-            out = scratch[p.dtype] = torch.empty(block.numel(), dtype=p.dtype)
-        out = out[: block.numel()].view(block.shape)
-        torch.mul(given, factors, out=out)
-        # Every block starts from the same count, so that the parameter is counted up once.
-        counted = lists.steps if index is ... else [t.clone() for t in lists.steps]
-        parts = tuple([t if index is ... else t[index] for t in state] for state in states)
-        update(TensorLists([block], [out], parts, counted), group)
-    for t, count in zip(lists.steps, counted, strict=True):
-        if t is not count:
-            t.copy_(count)
+    tensors = [*lists.params, *lists.grads, *(t for state in lists.states for t in state)]
+    views = [_memory_view(t, order, layout) for t in tensors]
+    for (p, g, *states), factors in _walk(views, clip, grad_scale):
+        out = scratch.like(p)
+        torch.mul(g, factors, out=out)
+        left = iter(states)
+        roles = tuple([next(left) for _ in state] for state in lists.states)
+        update(TensorLists([p], [out], roles, lists.steps))
 
 
 def _step_batch(
-    update: Callable[..., None],
+    update: Update,
     lists: TensorLists,
-    group: Mapping[str, Any],
     clip: Clip,
     grad_scale: Tensor | None,
 ) -> None:
@@ -212,7 +252,7 @@ def _step_batch(
     # A clone keeps the parameter's memory order, which is how fused kernels walk the gradient.
     grads = [torch.empty_like(p).copy_(g) for p, g in zip(lists.params, lists.grads, strict=True)]
     torch._foreach_mul_(grads, factors.unbind())
-    update(lists._replace(grads=grads), group)
+    update(lists._replace(grads=grads))
 
 
 def _step_whole(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -44,17 +45,21 @@ class KernelRule(NamedTuple):
     hyper: Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 
+Update = Callable[[TensorLists], None]
+
+
 class Rule(NamedTuple):
-    """One torch.optim update rule; both forms count every tensor of ``lists.steps`` up by one.
+    """One torch.optim update rule.
 
     ``update(lists, group, **scaler)`` is torch's functional form: it heeds the group's foreach and
-    fused, and ``scaler`` (grad_scale, found_inf) where torch takes it. ``fused_update(lists,
-    group)`` is torch's fused kernel for tensors of one CPU dtype, or None where torch has none.
-    ``kernel`` is the same rule for the Triton path.
+    fused, and ``scaler`` (grad_scale, found_inf) where torch takes it, and counts every tensor of
+    ``lists.steps`` up by one. ``fused(group, dtype)`` gives torch's fused kernel for CPU tensors of
+    one dtype, whose steps have been counted already, or None where it does not do what ``update``
+    does. ``kernel`` is the same rule for the Triton path.
     """
 
     update: Callable[..., None]
-    fused_update: Callable[[TensorLists, Mapping[str, Any]], None] | None
+    fused: Callable[[Mapping[str, Any], torch.dtype], Update | None]
     kernel: KernelRule
 
 

@@ -11,7 +11,7 @@ from torch.optim.adam import Adam, adam
 from torch.optim.adamw import adamw
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import KernelRule, Rule, TensorLists
+from agc_triton.rule import KernelRule, Rule, TensorLists, Update
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,11 +37,15 @@ def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | Non
     )
 
 
-def _fused_update(lists: TensorLists, group: Mapping[str, Any]) -> None:
-    torch._foreach_add_(lists.steps, 1)
+def _fused(group: Mapping[str, Any], _dtype: torch.dtype) -> Update:
     decoupled = group.get("decoupled_weight_decay")
     kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    kernel(lists.params, lists.grads, *lists.states, lists.steps, **_options(group))
+    options = _options(group)
+
+    def update(lists: TensorLists) -> None:
+        kernel(lists.params, lists.grads, *lists.states, lists.steps, **options)
+
+    return update
 
 
 def _flags(group: Mapping[str, Any]) -> int:
@@ -57,7 +61,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*options, float(group.get("decoupled_weight_decay", False)))
 
 
-ADAM = Rule(_update, _fused_update, KernelRule("adam", _flags, _states, _hyper))
+ADAM = Rule(_update, _fused, KernelRule("adam", _flags, _states, _hyper))
 
 
 def adam_lists(optimizer: Any, group: dict[str, Any]) -> TensorLists:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.rmsprop import RMSprop, rmsprop
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import KernelRule, Rule, TensorLists
+from agc_triton.rule import KernelRule, Rule, TensorLists, Update
 
 _FLAGS = ("foreach", "maximize", "differentiable", "capturable")
 _OPTIONS = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
@@ -29,52 +29,41 @@ def _update(lists: TensorLists, group: Mapping[str, Any], **_scaler: Tensor | No
     )
 
 
-def _fused_update(lists: TensorLists, group: Mapping[str, Any]) -> None:
+def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
     """torch has no fused RMSprop; its fused Adam and SGD kernels do the same arithmetic.
 
     With beta1 = 0 and the bias corrections of step infinity, Adam's step is lr * g / (sqrt(v) +
     eps); taken from zeros with lr = 1 it is what RMSprop's momentum adds up, as SGD's does.
     """
     # The fused CPU SGD kernel is wrong for 16 bits up to torch 2.13 (pytorch#191763).
-    narrow = lists.params[0].element_size() < 4
-    if narrow or group["centered"] or group["alpha"] >= 1.0:
-        return _update(lists, {**group, "foreach": False})
-    torch._foreach_add_(lists.steps, 1)
-    squares, _, buffers = lists.states
-    grads, momentum = lists.grads, bool(buffers)
-    params = [torch.zeros_like(p) for p in lists.params] if momentum else lists.params
-    if momentum and group["weight_decay"] != 0:
-        sign = -1.0 if group["maximize"] else 1.0
-        torch._foreach_add_(grads, lists.params, alpha=sign * group["weight_decay"])
-    torch._fused_adam_(
-        params,
-        grads,
-        grads,  # exp_avg, which beta1 = 0 makes the gradient
-        squares,
-        [],
-        [torch.tensor(math.inf)] * len(params),
-        lr=1.0 if momentum else group["lr"],
-        beta1=0.0,
-        beta2=group["alpha"],
-        weight_decay=0.0 if momentum else group["weight_decay"],
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=group["maximize"],
-    )
-    if momentum:
-        torch._fused_sgd_(
-            lists.params,
-            params,
-            buffers,
-            weight_decay=0.0,
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0.0,
-            nesterov=False,
-            maximize=True,  # the steps from zero are negative
-            is_first_step=False,
-        )
-    return None
+    if dtype.itemsize < 4 or group["centered"] or group["alpha"] >= 1.0:
+        return None
+    decay, momentum, sign = group["weight_decay"], group["momentum"], -1 if group["maximize"] else 1
+    infinity = torch.tensor(math.inf)
+    adam = {
+        **{"beta1": 0.0, "beta2": group["alpha"], "eps": group["eps"], "amsgrad": False},
+        **{"lr": 1.0 if momentum else group["lr"], "weight_decay": 0.0 if momentum else decay},
+        "maximize": group["maximize"],
+    }
+    sgd = {
+        **{"lr": group["lr"], "momentum": momentum, "dampening": 0.0, "weight_decay": 0.0},
+        **{"nesterov": False, "is_first_step": False},
+        "maximize": True,  # the steps from zero are negative
+    }
+
+    def update(lists: TensorLists) -> None:
+        squares, _, buffers = lists.states
+        grads = lists.grads
+        params = [torch.zeros_like(p) for p in lists.params] if buffers else lists.params
+        if buffers and decay != 0:
+            torch._foreach_add_(grads, lists.params, alpha=sign * decay)
+        # The gradient stands for exp_avg, which beta1 = 0 makes it.
+        counts = [infinity] * len(params)
+        torch._fused_adam_(params, grads, grads, squares, [], counts, **adam)
+        if buffers:
+            torch._fused_sgd_(lists.params, params, buffers, **sgd)
+
+    return update
 
 
 def _flags(group: Mapping[str, Any]) -> int:
@@ -92,7 +81,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
 class RMSprop_AGC(AGCOptimizer, RMSprop):
     """torch.optim.RMSprop with adaptive gradient clipping."""
 
-    rule = Rule(_update, _fused_update, KernelRule("rmsprop", _flags, _states, _hyper))
+    rule = Rule(_update, _fused, KernelRule("rmsprop", _flags, _states, _hyper))
 
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
         params, grads, square_avgs, buffers, grad_avgs, steps = lists = [

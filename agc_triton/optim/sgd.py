@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.sgd import SGD, sgd
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import KernelRule, Rule, TensorLists
+from agc_triton.rule import KernelRule, Rule, TensorLists, Update
 
 _OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
 
@@ -35,18 +35,15 @@ def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | Non
             buffer.copy_(started)
 
 
-def _fused_update(lists: TensorLists, group: Mapping[str, Any]) -> None:
-    if lists.params[0].element_size() < 4:
-        # torch's fused CPU kernel is wrong for 16 bits up to torch 2.13 (pytorch#191763).
-        return _update(lists, {**group, "fused": False})
-    torch._fused_sgd_(
-        lists.params,
-        lists.grads,
-        lists.states[0],
-        is_first_step=group["is_first_step"],
-        **{key: group[key] for key in _OPTIONS},
-    )
-    return None
+def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
+    if dtype.itemsize < 4:
+        return None  # torch's fused CPU kernel is wrong for 16 bits up to 2.13 (pytorch#191763)
+    options = {key: group[key] for key in (*_OPTIONS, "is_first_step")}
+
+    def update(lists: TensorLists) -> None:
+        torch._fused_sgd_(lists.params, lists.grads, lists.states[0], **options)
+
+    return update
 
 
 def _flags(group: Mapping[str, Any]) -> int:
@@ -64,7 +61,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
 class SGD_AGC(AGCOptimizer, SGD):
     """torch.optim.SGD with adaptive gradient clipping."""
 
-    rule = Rule(_update, _fused_update, KernelRule("sgd", _flags, _states, _hyper))
+    rule = Rule(_update, _fused, KernelRule("sgd", _flags, _states, _hyper))
 
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
         params: list[Tensor] = []
