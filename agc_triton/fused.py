@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -219,7 +220,9 @@ class FusedStep:
     def _refresh_group(self, index: int, group: Mapping[str, Any]) -> bool:
         options = {key: value for key, value in group.items() if key != "params"}
         before = self._groups[index]
-        if _same(options, before) if self._tensors[index] else options == before:
+        if not self._tensors[index] and _identical(options, before):
+            return True
+        if _same(options, before):
             return True
         if _structure(group) != self._structure[index] or self.rule.flags(group) != self.flags:
             return False
@@ -255,6 +258,11 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (
         isinstance(value, tuple) and any(map(_holds_tensor, value))
     )
+
+
+def _identical(options: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether they hold the same objects in the same order, which costs least to find out."""
+    return list(options) == list(before) and all(map(is_, options.values(), before.values()))
 
 
 def _same(options: dict[str, Any], before: dict[str, Any]) -> bool:

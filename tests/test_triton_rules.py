@@ -164,6 +164,20 @@ def test_capturable_reads_hyperparameters_from_the_device(name: str) -> None:
         oracle.check(params, states_of(optimizer, params))
 
 
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+def test_a_number_replaced_by_an_equal_tensor_on_the_device_is_read_there() -> None:
+    params = on_device(make_weights(torch.float32))
+    optimizer = build("AdamW", params, {"lr": 0.5, "capturable": True, **TRITON})
+    step_with(optimizer, params, on_device(make_grads(torch.float32, 0)))
+    lr = optimizer.param_groups[0]["lr"] = on_device(torch.tensor(0.5))
+    optimizer.step()
+    # As a graph replays it: a new value, and only the launches.
+    lr.zero_()
+    before = [p.clone() for p in params]
+    plan_of(optimizer).run(None, None, False)
+    assert all(map(torch.equal, params, before))
+
+
 GROUPS: list[dict[str, Any]] = [
     {"clipping": 0.05, "lr": 0.5},
     {"clipping": None, "weight_decay": 0.2},
