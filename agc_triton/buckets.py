@@ -25,8 +25,10 @@ LAUNCH_ELEMENTS = 300_000
 
 # Chunks of p and g that fit in 64 registers a thread beside the update (benchmarks/kernel_report).
 MAX_CHUNKS = {2: 2, 4: 5, 8: 4}
-# With three states (amsgrad; centered with momentum) one fewer spills nothing.
-MAX_CHUNKS_3_STATES = {2: 1, 4: 4, 8: 3}
+# The same with three states (amsgrad; centered with momentum).
+MAX_CHUNKS_3_STATES = {2: 1, 4: 3, 8: 3}
+# Bytes per element, warps and chunks that spill all the same, and take twice the warps instead.
+SPILLING = {(4, 8, 4)}
 
 MAX_WARPS = 32
 SPLIT_WARPS = 16
@@ -165,7 +167,7 @@ def ideal_shape(tensor: TensorUnits, itemsize: int, states: int) -> TileShape:
     warps = 1
     while warps <= MAX_WARPS:
         chunks = -(-length // (32 * wide * warps))
-        if chunks <= max_chunks:
+        if chunks <= max_chunks and (itemsize, warps, chunks) not in SPILLING:
             return TileShape(1, 32 * wide * warps, chunks, warps, vector, strided, False)
         warps *= 2
     return _split_shape(itemsize, aligned, strided)

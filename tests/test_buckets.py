@@ -143,10 +143,10 @@ def test_every_element_is_in_one_tile(
         assert len(plan.buckets) <= max(max_buckets, 3)
 
 
-# Warps and chunks of 128 elements a warp: the fewest warps with at most five chunks.
+# Warps and chunks of 128 elements a warp: the fewest warps with at most five that do not spill.
 FP32 = {
     **{512: (1, 4), 640: (1, 5), 768: (2, 3), 1152: (2, 5), 1536: (4, 3), 2304: (4, 5)},
-    **{3072: (8, 3), 4096: (8, 4), 4608: (8, 5), 8192: (16, 4), 11008: (32, 3), 14336: (32, 4)},
+    **{3072: (8, 3), 4096: (16, 2), 4608: (8, 5), 8192: (16, 4), 11008: (32, 3), 14336: (32, 4)},
     **{20480: (32, 5)},
 }
 
