@@ -93,23 +93,23 @@ def check_finite(groups: Sequence[Mapping[str, Any]]) -> None:
         RuntimeError: one is NaN or infinite.
     """
     at: dict[torch.device, list[tuple[int, int]]] = {}
-    largest: dict[torch.device, list[Tensor]] = {}
+    bad: dict[torch.device, list[Tensor]] = {}
     for index, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
-            if param.grad is not None and (values := _values(param.grad)).numel():
-                at.setdefault(values.device, []).append((index, i))
-                norm = torch.linalg.vector_norm(values, torch.inf)
-                largest.setdefault(values.device, []).append(_all_of(norm))
-    for device, norms in largest.items():
-        finite = torch.stack([norm.isfinite() for norm in norms]).tolist()
-        if not all(finite):
-            bad = finite.index(False)
-            index, i = at[device][bad]
+            if param.grad is not None:
+                # Sums go over ranks with NaN in any of them, which maxima may not.
+                count = _all_of((~_values(param.grad).isfinite()).sum())
+                at.setdefault(count.device, []).append((index, i))
+                bad.setdefault(count.device, []).append(count)
+    for device, counts in bad.items():
+        found = torch.stack(counts).nonzero().flatten().tolist()
+        if found:
+            index, i = at[device][found[0]]
+            nans = _all_of(_values(groups[index]["params"][i].grad).isnan().sum())
             raise RuntimeError(
                 f"the gradient of {tensor_name(groups[index], index, i)} holds"
-                f" {'NaN' if norms[bad].isnan() else 'inf'} and nonfinite='raise'; nothing has been"
-                " updated: leave this batch out, lower the learning rate, or use"
-                " nonfinite='skip_unit'"
+                f" {'NaN' if nans else 'inf'} and nonfinite='raise'; nothing has been updated:"
+                " leave this batch out, lower the learning rate, or use nonfinite='skip_unit'"
             )
 
 
