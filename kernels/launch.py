@@ -110,11 +110,22 @@ class Launch:
         self._all_args = (*args, *constants.values())
 
     def fire(self) -> None:
-        """Start the kernel on the current stream."""
-        if self._start is not None:
-            self._start(*self._all_args)
-            return
-        compiled = self.kernel[self.grid](*self.args, **self.constants, **self.options)
+        """Start the kernel on the current stream.
+
+        Raises:
+            RuntimeError: it cannot be compiled or started.
+        """
+        try:
+            if self._start is not None:
+                self._start(*self._all_args)
+                return
+            compiled = self.kernel[self.grid](*self.args, **self.constants, **self.options)
+        except Exception as error:  # whatever the compiler, its tools or the driver raise
+            raise RuntimeError(
+                f"the kernel {self.kernel.__name__!r} ({self.grid[0]} programs, {self.options})"
+                f" failed with {type(error).__name__}: {error}; weights, states and step counts may"
+                " be updated in part: go on from a checkpoint, or with backend='torch'"
+            ) from error
         if compiled is not None:  # the interpreter compiles nothing
             self._start = compiled[self.grid]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from agc_triton.explain import explain
 from agc_triton.nonfinite import SkippedUnits, check_finite, check_nonfinite
 from agc_triton.plan import OptimizerPlan
 from agc_triton.rule import Clip, Rule, TensorLists
-from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, tensor_name
+from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, check_loaded, tensor_name
 
 CLIPPING = 1e-2
 AGC_EPS = 1e-3
@@ -48,6 +49,21 @@ AGC_DOC = """
         TypeError: an AGC option of the wrong type, or an FSDP1 flat parameter.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
+
+
+@contextmanager
+def whole_states(state: MutableMapping[Tensor, Any]) -> Iterator[None]:
+    """Take back the states that were created before something failed, out of memory say.
+
+    What is half there, or there without its first update, would change the next step.
+    """
+    known = len(state)
+    try:
+        yield
+    except BaseException:
+        for param in list(state)[known:]:
+            del state[param]
+        raise
 
 
 class AGCOptimizer(Optimizer):
@@ -114,9 +130,28 @@ class AGCOptimizer(Optimizer):
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a state; groups saved by torch.optim keep this optimizer's AGC options."""
-        before = self.__dict__.get("param_groups", [])
-        super().__setstate__(state)
+        """Take over a state; groups saved by torch.optim keep this optimizer's AGC options.
+
+        Raises:
+            ValueError: a checkpoint that this optimizer cannot go on from; nothing is loaded then.
+        """
+        kept = dict(self.__dict__)
+        before = kept.get("param_groups", [])
+        try:
+            super().__setstate__(state)
+            self._fill_groups(before)
+            if kept:
+                for index, group in enumerate(self.param_groups):
+                    check_loaded(self.rule.kernel, self.state, group, index)
+        except (KeyError, ValueError) as error:
+            self.__dict__.update(kept)
+            if isinstance(error, KeyError):
+                raise ValueError(
+                    f"the checkpoint has no {error}; it may be of another optimizer"
+                ) from None
+            raise
+
+    def _fill_groups(self, before: list[dict[str, Any]]) -> None:
         self.__dict__.setdefault("_skipped", SkippedUnits())
         for index, group in enumerate(self.param_groups):
             options = before[index] if index < len(before) else self.defaults
@@ -184,7 +219,8 @@ class AGCOptimizer(Optimizer):
             for index, group in enumerate(self.param_groups):
                 self._check_step(group, index)
         if not fits:
-            self._plan = dispatch.plan(self, self._plan)
+            with whole_states(self.state):
+                self._plan = dispatch.plan(self, self._plan)
             if self._plan is not None:
                 dispatch.refreshed(self._plan.refresh(self))
                 rest = self._plan.rest(self.param_groups)
@@ -200,7 +236,7 @@ class AGCOptimizer(Optimizer):
             return
         scale = None if scale is None else scale.reshape(())
         for group in map(self._clipped, groups):
-            for lists, options in self._batches(group):
+            for lists, options in self._created(group):
                 if group["clipping"]:
                     clip = Clip(*(group[key] for key in AGC_OPTIONS))
                     clip = clip._replace(skipped=self._skipping())
@@ -216,6 +252,14 @@ class AGCOptimizer(Optimizer):
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
         """What has a gradient, with its state (created by torch's `_init_group`) and options."""
         raise NotImplementedError
+
+    def _created(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+        """The `_batches`, which create all states before the first of them: whole or not at all."""
+        batches = self._batches(group)
+        with whole_states(self.state):
+            first = next(batches)
+        yield first
+        yield from batches
 
     def _skipping(self) -> SkippedUnits | None:
         """Where skipped units are counted, if they are skipped."""
