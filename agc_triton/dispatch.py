@@ -145,7 +145,8 @@ def plan(optimizer: AGCOptimizer, previous: OptimizerPlan | None) -> OptimizerPl
     ]
     if not any(taken):
         return None
-    return OptimizerPlan(optimizer, taken, _launch().StepLauncher, previous)
+    launcher = functools.partial(_launch().StepLauncher, skipped=optimizer._skipping())
+    return OptimizerPlan(optimizer, taken, launcher, previous)
 
 
 class Clipper:

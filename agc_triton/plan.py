@@ -53,6 +53,7 @@ class OptimizerPlan:
         launcher: Callable[..., Any],
         previous: OptimizerPlan | None,
     ) -> None:
+        self._nonfinite = optimizer.nonfinite
         self._grouped = [list(group["params"]) for group in optimizer.param_groups]
         # Graphs captured with earlier plans still read those plans' tables.
         self._captured = [] if previous is None else previous.captured()
@@ -137,6 +138,8 @@ class OptimizerPlan:
         """Whether the plan fits what the optimizer holds now; its tables are then up to date."""
         groups, state = optimizer.param_groups, optimizer.state
         if state is not self._state or len(groups) != len(self._grouped):
+            return False
+        if optimizer.nonfinite != self._nonfinite:
             return False
         for group, params in zip(groups, self._grouped, strict=True):
             if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):

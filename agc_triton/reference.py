@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agc_triton.nonfinite import Kept, update_others
+from agc_triton.norms import clip_factors, norm_dtype, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
 from agc_triton.units import UnitLayout, memory_order, norm_dims, unit_layout
 
@@ -25,29 +27,6 @@ SMALL = 1 << 14
 
 # What a block boundary is rounded to, so that vectorized torch kernels meet no odd tails inside.
 ROW_MULTIPLE = 16
-
-
-def norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 and complex128, fp32 for everything narrower."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-def unit_norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """L2 norms over ``dims``, kept as size 1, accumulated in `norm_dtype`."""
-    if not dims:
-        return tensor.abs().to(norm_dtype(tensor.dtype))
-    dtype = None if tensor.is_complex() else norm_dtype(tensor.dtype)
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=dtype)
-    return norms
-
-
-def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
-    """What each unit's gradient is multiplied with: 1 up to the limit, limit / ||g|| above it.
-
-    Source: Brock et al. 2021 (arXiv 2102.06171), equation 3; 1e-6 as in the authors' code.
-    """
-    limit = p_norm.clamp(min=clip.agc_eps).mul_(clip.clipping)
-    return torch.where(g_norm > limit, limit / g_norm.clamp(min=1e-6), 1.0)
 
 
 def step(
@@ -210,10 +189,14 @@ def _block_factors(
     p: Tensor, g: Tensor, dims: tuple[int, ...], clip: Clip, grad_scale: Tensor | None
 ) -> Tensor:
     """Factors of a block's units, which broadcast against it."""
-    p_norm, g_norm = unit_norms(p, dims), unit_norms(g, dims)
+    p_norm = unit_norms(p, dims)
     if grad_scale is None:
-        return clip_factors(p_norm, g_norm, clip)
-    return clip_factors(p_norm, g_norm / grad_scale, clip) / grad_scale
+        return clip_factors(p_norm, unit_norms(g, dims), clip)
+    if clip.skipped is None:
+        g_norm = unit_norms(g, dims) / grad_scale
+    else:  # the squares of what is unscaled decide, as in the kernels
+        g_norm = unit_norms(g.to(norm_dtype(g.dtype)) / grad_scale, dims)
+    return clip_factors(p_norm, g_norm, clip) / grad_scale
 
 
 def _step_blocks(
@@ -233,7 +216,10 @@ def _step_blocks(
         torch.mul(g, factors, out=out)
         left = iter(states)
         roles = tuple([next(left) for _ in state] for state in lists.states)
+        kept = None if clip.skipped is None else Kept((p, *states), factors)
         update(TensorLists([p], [out], roles, lists.steps))
+        if kept is not None:
+            kept.restore()
 
 
 def _step_batch(
@@ -243,12 +229,19 @@ def _step_batch(
     grad_scale: Tensor | None,
 ) -> None:
     """Many small tensors of one real dtype, each a single unit, with one call per operation."""
+    if clip.skipped is not None and grad_scale is not None:
+        lists, grad_scale = lists._replace(grads=[g / grad_scale for g in lists.grads]), None
     p_norms = torch.stack(torch._foreach_norm(lists.params))
     g_norms = torch.stack(torch._foreach_norm(lists.grads))
     if grad_scale is None:
         factors = clip_factors(p_norms, g_norms, clip)
     else:
         factors = clip_factors(p_norms, g_norms / grad_scale, clip) / grad_scale
+    if clip.skipped is not None:
+        finite = (~factors.isnan()).nonzero().flatten()
+        lists, factors = lists.select(finite.tolist()), factors[finite]
+        if not lists.params:
+            return
     # A clone keeps the parameter's memory order, which is how fused kernels walk the gradient.
     grads = [torch.empty_like(p).copy_(g) for p, g in zip(lists.params, lists.grads, strict=True)]
     torch._foreach_mul_(grads, factors.unbind())
@@ -267,12 +260,22 @@ def _step_whole(
         # torch's fused CPU kernels take every tensor for dense and alike in memory.
         group = {**group, "fused": False}
     grads = []
+    bad: list[Tensor] = []
+    skipped, clip = clip.skipped, clip._replace(skipped=None)
     for param, given in zip(lists.params, lists.grads, strict=True):
         grad = given if grad_scale is None else given / grad_scale.to(given.device)
+        if skipped is not None:
+            bad.append(skipped.find(unit_norms(grad, norm_dims(param.shape, clip.unit_dim))))
+            # Without NaN there is none in what autograd makes of the update either.
+            grad = grad.masked_fill(bad[-1], 0.0)
         # Autograd needs the weights that the norm was taken of, which the update overwrites.
         weight = param.clone() if torch.is_grad_enabled() else param
         grads.append((grad * _tensor_factors(weight, grad, clip)).to(given.dtype))
-    update(lists._replace(grads=grads), group)
+    lists = lists._replace(grads=grads)
+    if skipped is None:
+        update(lists, group)
+    else:
+        update_others(lambda copies: update(copies, group), lists, bad)
 
 
 def _tensor_factors(param: Tensor, grad: Tensor, clip: Clip) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from agc_triton.nonfinite import SkippedUnits
 
 
 class TensorLists(NamedTuple):
@@ -64,8 +67,12 @@ class Rule(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """The AGC settings of one parameter group: limit = clipping * max(||w||, agc_eps)."""
+    """The AGC settings of one parameter group: limit = clipping * max(||w||, agc_eps).
+
+    ``skipped`` is there if units whose gradient norm is not finite are left alone and counted.
+    """
 
     clipping: float
     agc_eps: float
     unit_dim: int | None = None
+    skipped: SkippedUnits | None = None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from agc_triton.units import resolve_unit_dim
+
+if TYPE_CHECKING:
+    from agc_triton.rule import KernelRule
 
 AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
 
@@ -104,6 +107,40 @@ def check_states(
                     f"{key}'s {what} ({theirs}) differs from the parameter's ({ours}) for"
                     f" {tensor_name(group, index, i)}; convert the state along with the parameter"
                 )
+
+
+def check_loaded(
+    rule: KernelRule, states: Mapping[Tensor, Mapping[str, Any]], group: dict[str, Any], index: int
+) -> None:
+    """Check that a step can go on from a group and states that come from a checkpoint.
+
+    Raises:
+        ValueError: an option or a state is missing, or a state's shape is not its parameter's.
+    """
+    try:
+        rule.hyper(group)
+        needed = rule.states(group)
+    except KeyError as error:
+        raise ValueError(
+            f"the checkpoint has no option {error} in parameter group {index}; it may be of another"
+            " optimizer"
+        ) from None
+    for i, param in enumerate(group["params"]):
+        entry = states.get(param, {})
+        tensors = {k: t for k, t in entry.items() if isinstance(t, Tensor) and k != "step"}
+        for key, state in tensors.items():
+            if state.shape != param.shape:
+                raise ValueError(
+                    f"{key} in the checkpoint has shape {tuple(state.shape)}, which is not that of"
+                    f" {tensor_name(group, index, i)}; it may be of another model"
+                )
+        # SGD counts no steps, and its only state may start later than the others' do.
+        if entry and rule.name != "sgd" and ("step" not in entry or len(tensors) < needed):
+            raise ValueError(
+                f"the checkpoint has only {', '.join(entry)} for {tensor_name(group, index, i)},"
+                f" which takes step and {needed} more; it may be truncated, or of other options"
+                " (amsgrad, momentum, centered)"
+            )
 
 
 def tensor_name(group: Mapping[str, Any], group_index: int, i: int) -> str:

@@ -87,7 +87,9 @@ def compile_begin(plan: BucketPlan, rule: str, dtype: torch.dtype, arch: str) ->
 
 
 _TYPES = {
-    **dict.fromkeys(("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr"), "*i64"),
+    **dict.fromkeys(
+        ("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr", "skipped_ptr"), "*i64"
+    ),
     **dict.fromkeys(("constants_ptr", "groups_ptr"), "*fp64"),
     **dict.fromkeys(("steps_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32"),
     **dict.fromkeys(("n_tensors", "n_prepare"), "i32"),

@@ -16,6 +16,7 @@ from agc_triton.kernels.step import step
 if TYPE_CHECKING:
     from agc_triton.buckets import BucketPlan, TileShape
     from agc_triton.fused import Tables
+    from agc_triton.nonfinite import SkippedUnits
 
 DTYPES = {
     torch.float16: tl.float16,
@@ -46,7 +47,7 @@ def prefetch(shape: TileShape) -> int:
 
 
 def step_constants(
-    shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype
+    shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype, skip: bool = False
 ) -> dict[str, Any]:
     """Compile-time arguments of `step`, in the order of its signature."""
     return {
@@ -64,6 +65,7 @@ def step_constants(
         "SPLIT": shape.split,
         "PARTS": MAX_PARTS_BLOCK,
         "PREFETCH": prefetch(shape),
+        "SKIP": skip,
     }
 
 
@@ -108,11 +110,22 @@ class Launch:
         self._all_args = (*args, *constants.values())
 
     def fire(self) -> None:
-        """Start the kernel on the current stream."""
-        if self._start is not None:
-            self._start(*self._all_args)
-            return
-        compiled = self.kernel[self.grid](*self.args, **self.constants, **self.options)
+        """Start the kernel on the current stream.
+
+        Raises:
+            RuntimeError: it cannot be compiled or started.
+        """
+        try:
+            if self._start is not None:
+                self._start(*self._all_args)
+                return
+            compiled = self.kernel[self.grid](*self.args, **self.constants, **self.options)
+        except Exception as error:  # whatever the compiler, its tools or the driver raise
+            raise RuntimeError(
+                f"the kernel {self.kernel.__name__!r} ({self.grid[0]} programs, {self.options})"
+                f" failed with {type(error).__name__}: {error}; weights, states and step counts may"
+                " be updated in part: go on from a checkpoint, or with backend='torch'"
+            ) from error
         if compiled is not None:  # the interpreter compiles nothing
             self._start = compiled[self.grid]
 
@@ -126,10 +139,19 @@ class Launch:
 
 
 class StepLauncher:
-    """The launches of one step over a plan: `begin`, then `step` once per bucket."""
+    """The launches of one step over a plan: `begin`, then `step` once per bucket.
+
+    ``skipped`` leaves alone and counts the units whose gradient norm is not finite.
+    """
 
     def __init__(
-        self, plan: BucketPlan, tables: Tables, rule: str, flags: int, dtype: torch.dtype
+        self,
+        plan: BucketPlan,
+        tables: Tables,
+        rule: str,
+        flags: int,
+        dtype: torch.dtype,
+        skipped: SkippedUnits | None = None,
     ) -> None:
         self.plan, self.tables, self.rule, self.dtype = plan, tables, rule, dtype
         n, device = len(plan.fields), tables.device
@@ -140,6 +162,10 @@ class StepLauncher:
         self.parts = torch.from_numpy(plan.parts).to(device)
         self.begins: dict[tuple[bool, bool, bool], Launch] = {}
         states = tables.roles - 2
+        counts = tables.addresses  # an int64 pointer that is not read
+        if skipped is not None:
+            # Launches follow each other, so that programs of several can add to the same count.
+            counts = skipped.slots(device, max(len(bucket.tiles) for bucket in plan.buckets))
         self.steps = [
             Launch(
                 step,
@@ -150,9 +176,10 @@ class StepLauncher:
                     tables.addresses,
                     self.constants,
                     self.partials,
+                    counts,
                     n,
                 ),
-                step_constants(bucket.shape, rule, flags, states, dtype),
+                step_constants(bucket.shape, rule, flags, states, dtype, skipped is not None),
                 bucket.shape.num_warps,
             )
             for bucket in plan.buckets

@@ -16,6 +16,7 @@ def _update_tile(
     tensors_ptr,
     addresses_ptr,
     partials_ptr,
+    skipped_ptr,
     n_tensors,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -31,6 +32,7 @@ def _update_tile(
     SPLIT: tl.constexpr,
     PARTS: tl.constexpr,
     PREFETCH: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     offset = tl.load(tile_ptr + 1)
     fields = tensors_ptr + tensor * TENSOR_FIELDS
@@ -95,6 +97,8 @@ def _update_tile(
         p_sum, g_sum = sum_pairs(p_parts, g_parts)
     else:
         p_sum, g_sum = sum_pairs(p_squares, g_squares)
+    if SKIP:
+        finite = g_sum < float("inf")
     clipping = tl.load(constants_ptr + 1).to(COMPUTE)
     agc_eps = tl.load(constants_ptr + 2).to(COMPUTE)
     factor = clip_factor(p_sum, g_sum, clipping, agc_eps)
@@ -111,13 +115,22 @@ def _update_tile(
             else:
                 state = tl.load(state_ptrs[s] + ats[k], mask=masks[k], other=0.0)
             states = states + (state.to(COMPUTE),)
+        mask = masks[k]
+        if SKIP:
+            mask = mask & finite[:, None]
         result, states = RULE(ps[k].to(COMPUTE), gs[k].to(COMPUTE) * factor, states, h, FLAGS)
         if TARGET == 0:
-            tl.store(p_ptr + ats[k], result.to(DTYPE), mask=masks[k])
+            tl.store(p_ptr + ats[k], result.to(DTYPE), mask=mask)
         else:
-            tl.store(g_ptr + ats[k], result.to(DTYPE), mask=masks[k])
+            tl.store(g_ptr + ats[k], result.to(DTYPE), mask=mask)
         for s in tl.static_range(STATES):
-            tl.store(state_ptrs[s] + ats[k], states[s].to(DTYPE), mask=masks[k])
+            tl.store(state_ptrs[s] + ats[k], states[s].to(DTYPE), mask=mask)
+    if SKIP:
+        count = tl.sum(tl.where(finite, 0, 1), 0)
+        if SPLIT:  # the unit's first tile counts it
+            count = tl.where(start == 0, count, 0)
+        count_ptr = skipped_ptr + tl.program_id(0)
+        tl.store(count_ptr, tl.load(count_ptr) + count)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -127,6 +140,7 @@ def step(
     addresses_ptr,
     constants_ptr,
     partials_ptr,
+    skipped_ptr,
     n_tensors,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -142,11 +156,13 @@ def step(
     SPLIT: tl.constexpr,
     PARTS: tl.constexpr,
     PREFETCH: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
 
     p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
-    result (0 for p, 1 for g).
+    result (0 for p, 1 for g). ``SKIP`` leaves units alone whose gradient's norm is not finite and
+    adds their number to the program's own count.
     """
     tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
     tensor = tl.load(tile_ptr)
@@ -159,6 +175,7 @@ def step(
             tensors_ptr,
             addresses_ptr,
             partials_ptr,
+            skipped_ptr,
             n_tensors,
             RULE,
             FLAGS,
@@ -174,4 +191,5 @@ def step(
             SPLIT,
             PARTS,
             PREFETCH,
+            SKIP,
         )

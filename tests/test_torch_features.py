@@ -232,7 +232,8 @@ def test_the_signature_is_torchs_and_then_ours(cls: Any) -> None:
     ours = list(inspect.signature(PAIRS[cls]).parameters.values())
     assert ours[: len(theirs)] == theirs
     added = {p.name: p.default for p in ours[len(theirs) :]}
-    assert added == {"clipping": 1e-2, "agc_eps": 1e-3, "unit_dim": None, "backend": "auto"}
+    agc = {"clipping": 1e-2, "agc_eps": 1e-3, "unit_dim": None}
+    assert added == {**agc, "backend": "auto", "nonfinite": "propagate"}
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +16,10 @@ from torch.optim.optimizer import ParamsT
 
 from agc_triton import dispatch, reference
 from agc_triton.explain import explain
+from agc_triton.nonfinite import SkippedUnits, check_finite, check_nonfinite
 from agc_triton.plan import OptimizerPlan
 from agc_triton.rule import Clip, Rule, TensorLists
-from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, tensor_name
+from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, check_loaded, tensor_name
 
 CLIPPING = 1e-2
 AGC_EPS = 1e-3
@@ -34,12 +37,33 @@ AGC_DOC = """
         unit_dim: dimension that indexes units; None for 0, as Linear, Conv and Embedding need.
             Tensors of squeezed rank <= 1 are one unit whatever it says.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        nonfinite: what a gradient with NaN or inf does. ``"propagate"``: what it does in
+            torch.optim. ``"skip_unit"``: a unit whose gradient norm is not finite keeps its weights
+            and states (`skipped_units` counts these), all others and the step count go on; the norm
+            is inf too where only the sum of squares overflows, beyond about 1.8e19 in fp32.
+            ``"raise"``: an error before anything has changed, for which each step waits for the
+            device.
 
     Raises:
-        ValueError: torch.optim's own checks, or an AGC option out of range.
+        ValueError: torch.optim's own checks, or an AGC option out of range or not known.
         TypeError: an AGC option of the wrong type, or an FSDP1 flat parameter.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
+
+
+@contextmanager
+def whole_states(state: MutableMapping[Tensor, Any]) -> Iterator[None]:
+    """Take back the states that were created before something failed, out of memory say.
+
+    What is half there, or there without its first update, would change the next step.
+    """
+    known = len(state)
+    try:
+        yield
+    except BaseException:
+        for param in list(state)[known:]:
+            del state[param]
+        raise
 
 
 class AGCOptimizer(Optimizer):
@@ -49,6 +73,8 @@ class AGCOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    # Objects pickled before there was such an option have none of their own.
+    nonfinite: str = "propagate"
     _plan: OptimizerPlan | None = None
 
     def __init_subclass__(cls) -> None:
@@ -68,10 +94,12 @@ class AGCOptimizer(Optimizer):
         agc_eps: float = AGC_EPS,
         unit_dim: int | None = None,
         backend: str = "auto",
+        nonfinite: str = "propagate",
         **kwargs: Any,
     ) -> None:
         dispatch.check_backend(backend)
-        self.backend = backend
+        check_nonfinite(nonfinite)
+        self.backend, self.nonfinite, self._skipped = backend, nonfinite, SkippedUnits()
         self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         torch_init: Any = super().__init__
         torch_init(params, *args, **kwargs)
@@ -90,21 +118,41 @@ class AGCOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             group, index = self.param_groups[-1], len(self.param_groups) - 1
-            check_group(group, index)
+            check_group(self._clipped(group), index)
             dispatch.check_group_backend(self.backend, group, index)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle and deepcopy keep: torch's three entries and the backend."""
-        kept = {"backend": self.backend, "_agc_defaults": self._agc_defaults}
-        return {**super().__getstate__(), **kept}
+        """What pickle and deepcopy keep: torch's three entries and ours; counts start again."""
+        ours = {key: getattr(self, key) for key in ("backend", "nonfinite", "_agc_defaults")}
+        return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a state; groups saved by torch.optim keep this optimizer's AGC options."""
-        before = self.__dict__.get("param_groups", [])
-        super().__setstate__(state)
+        """Take over a state; groups saved by torch.optim keep this optimizer's AGC options.
+
+        Raises:
+            ValueError: a checkpoint that this optimizer cannot go on from; nothing is loaded then.
+        """
+        kept = dict(self.__dict__)
+        before = kept.get("param_groups", [])
+        try:
+            super().__setstate__(state)
+            self._fill_groups(before)
+            if kept:
+                for index, group in enumerate(self.param_groups):
+                    check_loaded(self.rule.kernel, self.state, group, index)
+        except (KeyError, ValueError) as error:
+            self.__dict__.update(kept)
+            if isinstance(error, KeyError):
+                raise ValueError(
+                    f"the checkpoint has no {error}; it may be of another optimizer"
+                ) from None
+            raise
+
+    def _fill_groups(self, before: list[dict[str, Any]]) -> None:
+        self.__dict__.setdefault("_skipped", SkippedUnits())
         for index, group in enumerate(self.param_groups):
             options = before[index] if index < len(before) else self.defaults
             for key in AGC_OPTIONS:
@@ -118,8 +166,9 @@ class AGCOptimizer(Optimizer):
             closure: reevaluates the model and returns the loss; called once.
 
         Raises:
-            RuntimeError: a sparse gradient, or one whose dtype, device or shape is not its
-                parameter's; nothing has been changed then.
+            RuntimeError: a sparse gradient, one whose dtype, device or shape is not its
+                parameter's, or with ``nonfinite="raise"`` one that is not finite; nothing has been
+                changed then.
         """
         if "capturable" in self.defaults:
             self._graph_capture_check()
@@ -130,6 +179,14 @@ class AGCOptimizer(Optimizer):
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._step_groups()
         return loss
+
+    @property
+    def skipped_units(self) -> int:
+        """Units left alone since this object was made; reading it waits for the device.
+
+        Always 0 but with ``nonfinite="skip_unit"``. A step that GradScaler skips counts none.
+        """
+        return self._skipped.total()
 
     def explain(self, bandwidth: float = 3.0e12) -> DataFrame:
         """What a step does, one row per launch that updates parameters, and a total.
@@ -147,13 +204,23 @@ class AGCOptimizer(Optimizer):
     def _step_groups(self) -> None:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self.nonfinite == "raise":
+            if capturing:
+                raise RuntimeError(
+                    "nonfinite='raise' waits for the device, which a CUDA graph cannot capture; use"
+                    " nonfinite='skip_unit'"
+                )
+            # GradScaler's overflows are a matter of course, and skip the step anyway.
+            if found_inf is None or not found_inf.item():
+                check_finite(self.param_groups)
         fits = self._plan is not None and self._plan.refresh(self)
         rest = self._plan.rest(self.param_groups) if fits and self._plan else self.param_groups
         if rest:
             for index, group in enumerate(self.param_groups):
                 self._check_step(group, index)
         if not fits:
-            self._plan = dispatch.plan(self, self._plan)
+            with whole_states(self.state):
+                self._plan = dispatch.plan(self, self._plan)
             if self._plan is not None:
                 dispatch.refreshed(self._plan.refresh(self))
                 rest = self._plan.rest(self.param_groups)
@@ -168,10 +235,11 @@ class AGCOptimizer(Optimizer):
         if not groups or (found_inf is not None and found_inf.item()):
             return
         scale = None if scale is None else scale.reshape(())
-        for group in groups:
-            for lists, options in self._batches(group):
+        for group in map(self._clipped, groups):
+            for lists, options in self._created(group):
                 if group["clipping"]:
                     clip = Clip(*(group[key] for key in AGC_OPTIONS))
+                    clip = clip._replace(skipped=self._skipping())
                     reference.step(self.rule, lists, options, clip, scale)
                     continue
                 if scale is None or group.get("fused"):
@@ -185,7 +253,26 @@ class AGCOptimizer(Optimizer):
         """What has a gradient, with its state (created by torch's `_init_group`) and options."""
         raise NotImplementedError
 
+    def _created(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+        """The `_batches`, which create all states before the first of them: whole or not at all."""
+        batches = self._batches(group)
+        with whole_states(self.state):
+            first = next(batches)
+        yield first
+        yield from batches
+
+    def _skipping(self) -> SkippedUnits | None:
+        """Where skipped units are counted, if they are skipped."""
+        return self._skipped if self.nonfinite == "skip_unit" else None
+
+    def _clipped(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group; without clipping an infinite limit where units are needed all the same."""
+        if group["clipping"] or self._skipping() is None:
+            return group
+        return {**group, "clipping": math.inf}
+
     def _check_step(self, group: dict[str, Any], index: int) -> None:
+        group = self._clipped(group)
         check_group(group, index)
         if not group["clipping"]:
             return
@@ -198,6 +285,7 @@ class AGCOptimizer(Optimizer):
                     f"{type(self).__name__} does not support sparse gradients, as of"
                     f" {tensor_name(group, index, i)}; wrap an optimizer that does"
                     " (agc_triton.AGC(torch.optim.SparseAdam(...))), or set clipping=0"
+                    f"{'' if self._skipping() is None else ' without skip_unit'}"
                 )
             check_grad(param, grad, group, index, i)
 

@@ -1,0 +1,127 @@
+"""Gradients that are not finite: units to skip, how many there were, and the check that raises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agc_triton.rule import TensorLists, Update
+from agc_triton.validation import tensor_name
+
+NONFINITE = ("propagate", "skip_unit", "raise")
+
+
+def check_nonfinite(nonfinite: str) -> None:
+    """Check the ``nonfinite`` argument.
+
+    Raises:
+        ValueError: not one of ``NONFINITE``.
+    """
+    if nonfinite not in NONFINITE:
+        raise ValueError(
+            f"Invalid nonfinite: {nonfinite!r}; it must be one of {', '.join(NONFINITE)}"
+        )
+
+
+class SkippedUnits:
+    """Counts units that were left alone, on their devices; only `total` waits for these."""
+
+    def __init__(self) -> None:
+        self._slots: dict[torch.device, list[Tensor]] = {}
+
+    def slots(self, device: torch.device, n: int) -> Tensor:
+        """At least ``n`` counts that are added up with all others: a kernel's program has its own.
+
+        Counts handed out earlier stay, as a captured graph may write to them.
+        """
+        counts = self._slots.setdefault(device, [])
+        if not counts or len(counts[-1]) < n:
+            counts.append(torch.zeros(n, dtype=torch.int64, device=device))
+        return counts[-1]
+
+    def find(self, norms: Tensor) -> Tensor:
+        """Which units to leave alone; they are counted.
+
+        As in the kernels it is the sum of squares that has to be finite.
+        """
+        bad = ~torch.isfinite(norms.detach() * norms.detach())
+        count = _all_of(bad.sum())
+        self.slots(count.device, 1)[:1].add_(count)
+        return bad
+
+    def total(self) -> int:
+        """All units counted so far."""
+        return sum(int(count.sum()) for counts in self._slots.values() for count in counts)
+
+
+class Kept:
+    """A copy of the units to leave alone, of parameters and states that an update overwrites.
+
+    ``factors`` are NaN for these units, whose dimension is the last but one of ``tensors``.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], factors: Tensor) -> None:
+        self._rows = factors.isnan().flatten().nonzero().flatten()
+        self._tensors = tensors if len(self._rows) else ()
+        self._values = [t.index_select(-2, self._rows) for t in self._tensors]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for tensor, values in zip(self._tensors, self._values, strict=True):
+            tensor.index_copy_(-2, self._rows, values)
+
+
+def update_others(update: Update, lists: TensorLists, bad: Sequence[Tensor]) -> None:
+    """Update all units but the bad ones, which broadcast, without waiting for the device."""
+    # Copies are updated, as autograd lets nothing be written back to what it has used.
+    states = tuple([state.clone() for state in role] for role in lists.states)
+    copies = lists._replace(params=[param.clone() for param in lists.params], states=states)
+    update(copies)
+    roles = zip((lists.params, *lists.states), (copies.params, *states), strict=True)
+    for before, after in roles:
+        for skipped, old, new in zip(bad[: len(before)], before, after, strict=True):
+            old.copy_(torch.where(skipped, old, new))
+
+
+def check_finite(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check all elements of all gradients, with one wait per device.
+
+    Raises:
+        RuntimeError: one is NaN or infinite.
+    """
+    at: dict[torch.device, list[tuple[int, int]]] = {}
+    bad: dict[torch.device, list[Tensor]] = {}
+    for index, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            if param.grad is not None:
+                # Sums go over ranks with NaN in any of them, which maxima may not.
+                count = _all_of((~_values(param.grad).isfinite()).sum())
+                at.setdefault(count.device, []).append((index, i))
+                bad.setdefault(count.device, []).append(count)
+    for device, counts in bad.items():
+        found = torch.stack(counts).nonzero().flatten().tolist()
+        if found:
+            index, i = at[device][found[0]]
+            nans = _all_of(_values(groups[index]["params"][i].grad).isnan().sum())
+            raise RuntimeError(
+                f"the gradient of {tensor_name(groups[index], index, i)} holds"
+                f" {'NaN' if nans else 'inf'} and nonfinite='raise'; nothing has been updated:"
+                " leave this batch out, lower the learning rate, or use nonfinite='skip_unit'"
+            )
+
+
+def _values(grad: Tensor) -> Tensor:
+    """A gradient's real elements; those of a sparse one are added up first."""
+    grad = grad.detach()
+    if grad.layout is torch.sparse_coo:
+        grad = grad.coalesce().values()
+    return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+
+
+def _all_of(value: Tensor) -> Tensor:
+    """A DTensor's value over all ranks; any other tensor as it is."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()

@@ -1,0 +1,35 @@
+"""Unit norms and clip factors in torch; kernels/norms.py is the same on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agc_triton.rule import Clip
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 and complex128, fp32 for everything narrower."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def unit_norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """L2 norms over ``dims``, kept as size 1, accumulated in `norm_dtype`."""
+    if not dims:
+        return tensor.abs().to(norm_dtype(tensor.dtype))
+    dtype = None if tensor.is_complex() else norm_dtype(tensor.dtype)
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=dtype)
+    return norms
+
+
+def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
+    """What each unit's gradient is multiplied with: 1 up to the limit, limit / ||g|| above it.
+
+    Source: Brock et al. 2021 (arXiv 2102.06171), equation 3; 1e-6 as in the authors' code. A unit
+    to be skipped has the factor NaN, which no other has.
+    """
+    limit = p_norm.clamp(min=clip.agc_eps).mul_(clip.clipping)
+    factors = torch.where(g_norm > limit, limit / g_norm.clamp(min=1e-6), 1.0)
+    if clip.skipped is not None:
+        factors.masked_fill_(clip.skipped.find(g_norm), torch.nan)
+    return factors

@@ -1,0 +1,212 @@
+"""What fails in the middle: kernels, memory, interrupts, checkpoints that do not fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import agc_triton.kernels.launch
+from agc_triton import SGD_AGC
+from tests.cases import NAMES, STATEFUL, build
+from tests.helpers import OURS, make_params, nothing_changes, same, set_grads, train
+from tests.test_checkpoints import on_disk
+from tests.triton_cases import DEVICE, make_weight
+
+BACKENDS = ("torch", "triton")
+every_name = pytest.mark.parametrize("name", NAMES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def on_backend(backend: str, seed: int = 0) -> list[Any]:
+    params = make_params(seed=seed)
+    return [p.data.to(DEVICE) for p in params] if backend == "triton" else list(params)
+
+
+def stateful(name: str, params: Any, backend: str = "torch", **options: Any) -> Any:
+    return build(name, params, {**STATEFUL[name], "backend": backend, **options})
+
+
+class Failing:
+    """Calls another function, but raises on one call; afterwards it only calls."""
+
+    def __init__(self, function: Callable[..., Any], call: int, error: BaseException) -> None:
+        self.function, self.left, self.error = function, call, error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kernel", ["begin", "step"])
+def test_a_kernel_that_does_not_compile_is_named(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = on_backend("triton")
+    optimizer = stateful("AdamW", params, "triton")
+    set_grads(params, 0)
+
+    class Broken:
+        __name__ = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise OSError("ptxas: no such file")
+
+    monkeypatch.setattr(agc_triton.kernels.launch, kernel, Broken())
+    before = copy.deepcopy(params)
+    monkeypatch.setattr(agc_triton.kernels.launch, "interpreted", lambda: True)
+    with pytest.raises(RuntimeError, match=f"kernel '{kernel}'.*OSError: ptxas") as caught:
+        optimizer.step()
+    assert "backend='torch'" in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert same(params, before)
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+@every_backend
+@every_name
+def test_out_of_memory_while_states_are_created(
+    name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, others = on_backend(backend), on_backend(backend)
+    optimizer = stateful(name, params, backend)
+    expected = stateful(name, others, backend)
+    set_grads(params, 0)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", Failing(torch.zeros_like, call, error))
+        with nothing_changes(params, optimizer), pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    for each, tensors in ((optimizer, params), (expected, others)):
+        train(each, tensors, range(2))
+    assert same(params, others)
+    assert same(optimizer.state_dict(), expected.state_dict())
+
+
+@every_backend
+@every_name
+def test_a_failure_at_a_later_first_gradient_keeps_the_states_there_are(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = on_backend(backend)
+    optimizer = stateful(name, params, backend)
+    train(optimizer, params[:3], range(2))
+    set_grads(params, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", Failing(torch.zeros_like, 2, MemoryError()))
+        with nothing_changes(params, optimizer), pytest.raises(MemoryError):
+            optimizer.step()
+    optimizer.step()
+    assert len(optimizer.state) == len(params)
+
+
+@pytest.mark.parametrize("launch", [1, 2, 3])
+@every_name
+def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
+    name: str, launch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A merged plan has one bucket for shapes as small as these.
+    monkeypatch.setattr(agc_triton.buckets, "LAUNCH_ELEMENTS", -float("inf"))
+    shapes = ((2, 20), (3, 300))
+    params, others = ([make_weight(s).float().to(DEVICE) for s in shapes] for _ in range(2))
+    optimizer, expected = (stateful(name, tensors, "triton") for tensors in (params, others))
+    train(optimizer, params, range(2))
+    train(expected, others, range(4))
+    saved = on_disk([p.detach() for p in params]), on_disk(optimizer.state_dict())
+    set_grads(params, 7)
+    fire = agc_triton.kernels.launch.Launch.fire
+    failing = Failing(fire, launch, KeyboardInterrupt())
+    with monkeypatch.context() as patch:
+        patch.setattr(agc_triton.kernels.launch.Launch, "fire", lambda self: failing(self))
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    for p, value in zip(params, saved[0], strict=True):
+        p.copy_(value)
+    optimizer.load_state_dict(saved[1])
+    train(optimizer, params, range(2, 4))
+    assert same(params, others)
+    assert same(optimizer.state_dict(), expected.state_dict())
+
+
+def without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda saved: saved["state"][1].pop(key)
+
+
+def reshaped(saved: dict[str, Any]) -> None:
+    for key, value in saved["state"][1].items():
+        if key != "step":
+            saved["state"][1][key] = value.flatten()
+
+
+def of_other_optimizer(saved: dict[str, Any]) -> None:
+    for key in ("betas", "alpha", "momentum"):
+        saved["param_groups"][0].pop(key, None)
+
+
+SPOILED: list[Any] = [
+    *((name, reshaped, "shape") for name in NAMES),
+    *((name, of_other_optimizer, "option") for name in NAMES),
+    *((name, without("step"), "step") for name in NAMES[1:]),
+    *((name, without("exp_avg_sq"), "exp_avg") for name in ("Adam", "AdamW")),
+    *((name, without("max_exp_avg_sq"), "amsgrad") for name in ("Adam", "AdamW")),
+    *(("RMSprop", without(key), "square_avg") for key in ("momentum_buffer", "grad_avg")),
+]
+
+
+@every_backend
+@pytest.mark.parametrize(("name", "spoil", "says"), SPOILED)
+def test_checkpoints_that_do_not_fit_load_nothing(
+    name: str, spoil: Callable[[Any], Any], says: str, backend: str
+) -> None:
+    params = on_backend(backend)
+    optimizer = stateful(name, params, backend)
+    train(optimizer, params, range(2))
+    saved = on_disk(optimizer.state_dict())
+    spoil(saved)
+    with nothing_changes(params, optimizer), pytest.raises(ValueError, match=says) as caught:
+        optimizer.load_state_dict(saved)
+    assert "checkpoint" in str(caught.value)
+    train(optimizer, params, range(2, 3))
+
+
+@pytest.mark.parametrize("saver", OURS)
+@pytest.mark.parametrize("loader", OURS)
+def test_checkpoints_of_other_optimizers(saver: Any, loader: Any) -> None:
+    params, others = make_params(), make_params()
+    optimizer, other = loader(params), saver(others)
+    train(optimizer, params, range(1))
+    train(other, others, range(1))
+    # Adam and AdamW have the same states and options.
+    if saver.rule is loader.rule:
+        optimizer.load_state_dict(other.state_dict())
+        assert same(optimizer.state_dict()["state"], other.state_dict()["state"])
+        return
+    with nothing_changes(params, optimizer), pytest.raises(ValueError, match="another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("key", ["state", "param_groups"])
+def test_truncated_checkpoints_load_nothing(key: str) -> None:
+    params: list[Parameter] = make_params()
+    optimizer = SGD_AGC(params, momentum=0.9)
+    train(optimizer, params, range(1))
+    saved = on_disk(optimizer.state_dict())
+    del saved[key]
+    with nothing_changes(params, optimizer), pytest.raises(KeyError, match=key):
+        optimizer.load_state_dict(saved)
+
+
+@every_backend
+@every_name
+def test_every_checkpoint_loads_with_weights_only(name: str, backend: str) -> None:
+    params = on_backend(backend)
+    optimizer = stateful(name, params, backend, nonfinite="skip_unit")
+    train(optimizer, params, range(2))
+    saved = on_disk(optimizer.state_dict())  # torch.load(weights_only=True)
+    assert same(saved, optimizer.state_dict())
