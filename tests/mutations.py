@@ -105,7 +105,7 @@ def killer(fault: Fault) -> str | None:
             found = run_tests(tree, fault.tests.split())
         except RuntimeError as error:
             raise RuntimeError(f"{fault.what} ({fault.file}): {error}") from None
-    print(f"{found or 'SURVIVES':<90}{fault.what}", flush=True)
+    print(f"{found or 'SURVIVES':<90} {fault.what}", flush=True)
     return found
 
 
