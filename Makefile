@@ -1,9 +1,9 @@
-# Both commands set up .venv themselves; python3, make and a package index are enough.
+# All commands set up .venv themselves; python3, make and a package index are enough.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test
+.PHONY: coverage demo mutations test
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -21,3 +21,12 @@ test: $(INSTALLED)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest
+
+# Lines and branches that the tests do not reach; docs/coverage.md says why.
+coverage: $(INSTALLED)
+	$(PYTHON) -m coverage run -m pytest
+	$(PYTHON) -m coverage report
+
+# Plants small faults in copies of the tree, one at a time; the tests must find each.
+mutations: $(INSTALLED)
+	$(PYTHON) -m tests.mutations

@@ -29,12 +29,18 @@ from tests.tolerances import TOLERANCES
 
 # Block sizes one short of, at and one beyond every place where the walk changes its course.
 ROWS = (1, 4, 5, 6, 9, 10, 11, 29, 30, 31)  # of 6 rows of 5
+FILTERS = (1, 5, 6, 7, 11, 12, 13, 35, 36, 37)  # 6 filters of 2 channels of 3
 MANY_ROWS = (47, 48, 49, 50, 51, 52, 95, 96, 97, 99, 119, 120, 121)  # 40 rows of 3, in sixteens
 COLUMNS = (1, 7, 8, 9, 15, 16, 17, 23, 24, 25)  # 3 times 4 units of 2
 ONE_UNIT = (1, 12, 18, 19, 36, 37, 38)  # of 37
 WALKS: dict[str, tuple[Callable[[], Tensor], int | None, tuple[int, ...]]] = {
     "rows": (lambda: randn((6, 5)), None, ROWS),
     "channels_last": (lambda: in_order(randn((6, 5, 1, 1)), (0, 2, 3, 1)), None, ROWS),
+    "channels_last filters": (
+        lambda: in_order(randn((6, 2, 1, 3)), (0, 2, 3, 1)),
+        None,
+        FILTERS,
+    ),
     "permuted rows": (lambda: in_order(randn((5, 6)), (1, 0)), 1, ROWS),
     "many rows": (lambda: randn((40, 3)), None, MANY_ROWS),
     "columns": (lambda: randn((3, 4, 2)), 1, COLUMNS),

@@ -158,6 +158,11 @@ def test_whole_units_in_registers(length: int, expected: tuple[int, int]) -> Non
     assert shape == TileShape(1, 128 * warps, chunks, warps, 4, False, False)
 
 
+def test_units_of_at_most_one_access_per_warp_share_a_program() -> None:
+    assert ideal_shape(rows(128), 4, 2) == TileShape(4, 128, 1, 4, 4, False, False)
+    assert ideal_shape(rows(132), 4, 2) == TileShape(1, 128, 2, 1, 4, False, False)
+
+
 @pytest.mark.parametrize("states", [0, 1, 2, 3])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_the_smallest_shape_that_holds_a_unit(itemsize: int, states: int) -> None:

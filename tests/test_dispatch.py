@@ -287,6 +287,11 @@ def test_empty_parameters_need_no_kernel() -> None:
     assert alone._plan is None
 
 
+def test_a_plan_that_does_not_fit_is_never_launched() -> None:
+    with pytest.raises(AssertionError, match="please report"):
+        dispatch.refreshed(False)
+
+
 def test_nothing_to_do() -> None:
     optimizer = AdamW_AGC([Parameter(make_weight((3, 20)).float().to(DEVICE))], backend="triton")
     optimizer.step()

@@ -109,6 +109,15 @@ def test_at_the_limit_no_bit_changes_and_one_above_it_does() -> None:
     assert torch.linalg.norm(param.grad[1]) < torch.linalg.norm(over)
 
 
+def test_at_a_limit_under_the_smallest_norm_divided_by_no_bit_changes() -> None:
+    # Norm and limit are 2**-22, exactly; divided by 1e-6 it would be scaled to a quarter.
+    param = Parameter(torch.zeros(1, 2))
+    param.grad = torch.tensor([[2.0**-22, 0.0]])
+    before = param.grad.clone()
+    adaptive_clip_grad_(param, 0.5, agc_eps=2.0**-21)
+    assert bits(param.grad) == bits(before)
+
+
 @pytest.mark.parametrize("shape", [(4, 5), (5,), (5, 1, 1)], ids=str)
 def test_zero_weights_get_a_limit_of_clipping_times_agc_eps(shape: tuple[int, ...]) -> None:
     param = Parameter(torch.zeros(shape))

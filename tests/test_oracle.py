@@ -186,6 +186,22 @@ def test_fused_unscales_before_it_clips(name: str, shape: tuple[int, ...]) -> No
         oracle.check(params, states_of(optimizer, params))
 
 
+@pytest.mark.parametrize("clipping", [0, CLIPPING])
+@pytest.mark.parametrize("name", NAMES)
+def test_unscales_where_torchs_functions_would_not(name: str, clipping: float) -> None:
+    """As for a CPU parameter beside CUDA ones, with which the optimizer takes scaled gradients."""
+    options = {**STATEFUL[name], "clipping": clipping}
+    params = make_params(torch.float32)
+    optimizer: Any = build(name, params, options)
+    oracle = Oracle(name, params, TOLERANCES["float32"], **options)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor([256.0]), torch.zeros(1)
+    for step in range(STEPS):
+        grads = make_grads(torch.float32, step)
+        oracle.step(grads)
+        step_with(optimizer, params, [None if g is None else g * 256 for g in grads])
+        oracle.check(params, states_of(optimizer, params))
+
+
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_nothing_moves_where_inf_was_found(name: str, before: int) -> None:

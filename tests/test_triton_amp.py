@@ -64,9 +64,9 @@ def test_unscales_before_it_clips(name: str, shape: tuple[int, ...] | None) -> N
     params = make_params(shapes)
     optimizer = build(name, params, options)
     oracle = KernelOracle(name, params, **options)
-    # None: GradScaler.unscale_ has been called before.
-    scale = None if shape is None else torch.full(shape, SCALE, device=DEVICE)
     for seed in range(2):
+        # None: GradScaler.unscale_ has been called before. A scaler may come with another tensor.
+        scale = None if shape is None else torch.full(shape, SCALE * 2**seed, device=DEVICE)
         grads = make_grads(seed, shapes)
         oracle.step(grads)
         step_scaled(optimizer, params, grads, scale, 0.0)

@@ -76,6 +76,19 @@ def test_clipping_alone_follows_its_options() -> None:
     assert len(set(results)) == len(changes)
 
 
+def test_clipping_alone_writes_gradients_laid_out_unlike_their_parameters() -> None:
+    layouts = (torch.channels_last, torch.contiguous_format)
+    params = [
+        make_weight((4, 3, 2, 2), seed=i).float().to(DEVICE).contiguous(memory_format=layout)
+        for i, layout in enumerate(layouts)
+    ]
+    for step in range(2):
+        for i, (p, layout) in enumerate(zip(params, layouts[::-1], strict=True)):
+            grad = make_grad(p.shape, seed=2 * step + i).float().to(DEVICE)
+            p.grad = grad.contiguous(memory_format=layout)
+        clip_and_check(params)
+
+
 @pytest.mark.parametrize("view", [torch.t, lambda t: t.view(2, 8)], ids=["transposed", "reshaped"])
 def test_clipping_alone_follows_shapes(view: Callable[[Tensor], Tensor]) -> None:
     param = make_weight((4, 4)).float().to(DEVICE)

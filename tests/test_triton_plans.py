@@ -126,11 +126,15 @@ CHANGED_IN_PLACE: list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] =
         {"lr": torch.tensor(0.5), "betas": (torch.tensor(0.9), torch.tensor(0.99))},
         lambda group: group["betas"][0].fill_(0.5),
     ),
+    (
+        {"betas": (torch.tensor(0.9), torch.tensor(0.99))},
+        lambda group: group["betas"][1].fill_(0.75),
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("options", "change"), CHANGED_IN_PLACE, ids=["lr", "lr of shape (1,)", "betas"]
+    ("options", "change"), CHANGED_IN_PLACE, ids=["lr", "lr of shape (1,)", "betas", "betas alone"]
 )
 def test_options_change_in_place(
     options: dict[str, Any], change: Callable[[dict[str, Any]], Any]

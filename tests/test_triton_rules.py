@@ -326,6 +326,16 @@ def test_units_next_to_their_limit(dtype: torch.dtype) -> None:
     check_clipped(param, grad, param.grad, clipping=0.25)
 
 
+def test_at_a_limit_under_the_smallest_norm_divided_by_no_bit_changes() -> None:
+    # Norm and limit are 2**-22, exactly; divided by 1e-6 it would be scaled to a quarter.
+    param = torch.zeros(1, 4, device=DEVICE)
+    param.grad = torch.zeros_like(param)
+    param.grad[0, 1] = 2.0**-22
+    before = param.grad.clone()
+    adaptive_clip_grad_([param], 0.5, agc_eps=2.0**-21, backend="triton")
+    assert torch.equal(param.grad, before)
+
+
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64],

@@ -230,8 +230,16 @@ def test_state_and_groups_can_be_replaced_as_on_any_optimizer() -> None:
     train(wrapped, params, range(1))
     wrapped.state = type(base.state)(dict)
     wrapped.param_groups = [{**group, "lr": 0.5} for group in base.param_groups]
+    wrapped.defaults = {**base.defaults, "lr": 0.25}
     assert not base.state
+    assert base.defaults["lr"] == 0.25
     assert base.param_groups[0]["lr"] == 0.5
+
+
+def test_asking_for_anything_before_there_is_a_base_is_an_attribute_error() -> None:
+    # As pickle and copy make it; a look-up on a base that is not there would not end.
+    with pytest.raises(AttributeError, match="optimizer"):
+        _ = AGC.__new__(AGC).anything
 
 
 def test_group_settings_come_before_the_wrappers() -> None:

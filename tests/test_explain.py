@@ -1,0 +1,135 @@
+"""The table that explain() shows says what the plan of the next step is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from agc_triton import SGD_AGC
+from tests.cases import NAMES, STATEFUL, Kwargs, build, in_order
+from tests.triton_cases import DEVICE, TRITON, bucket_plans, make_grad, make_weight
+from tests.triton_training import unaligned
+
+SHAPES = ((3, 20), (7, 1, 1, 1), (2, 700), (1, 2, 10_245))
+SUMS = ["tensors", "units", "elements", "bytes", "launches"]
+
+# State tensors per parameter, with STATEFUL's options.
+STATES = {"SGD": 1, "Adam": 3, "AdamW": 3, "RMSprop": 3}
+
+
+def make_params(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    params = [make_weight(s, seed=i).to(DEVICE, dtype) for i, s in enumerate(SHAPES)]
+    for i, p in enumerate(params):
+        p.grad = make_grad(p.shape, seed=i).to(DEVICE, dtype)
+    return params
+
+
+def explained(optimizer: Any, **arguments: float) -> tuple[pd.DataFrame, pd.Series[Any]]:
+    """The rows and the total, which must be their sum."""
+    table = optimizer.explain(**arguments)
+    rows, total = table.iloc[:-1], table.iloc[-1]
+    assert total["class"] == "total"
+    assert rows[SUMS].sum().to_dict() == total[SUMS].to_dict()
+    return rows, total
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_the_launches_of_the_plan(name: str, dtype: torch.dtype) -> None:
+    optimizer = build(name, make_params(dtype), {**STATEFUL[name], **TRITON})
+    rows, total = explained(optimizer)
+    optimizer.step()
+    (plan,) = bucket_plans(optimizer)
+    assert rows["class"].iloc[0] == "begin"
+    assert rows["launches"].tolist() == [1] * (1 + len(plan.buckets))
+    for bucket, (_, row) in zip(plan.buckets, rows.iloc[1:].iterrows(), strict=True):
+        shape, accesses = bucket.shape, 3 + 2 * STATES[name] + 2 * bucket.shape.split
+        assert row["tile"] == f"{shape.rows} x {shape.columns} x {shape.chunks}"
+        assert row["num_warps"] == shape.num_warps
+        assert row["tensors"] == len(bucket.tensors)
+        assert (row["units"], row["elements"]) == (bucket.units, bucket.elements)
+        assert row["bytes"] == bucket.elements * accesses * dtype.itemsize
+        assert ("split" in row["class"]) == shape.split
+        assert (row["backend"], row["dtype"]) == ("triton", str(dtype).removeprefix("torch."))
+    assert total["elements"] == sum(p.numel() for p in optimizer.param_groups[0]["params"])
+
+
+def test_each_dtype_and_set_of_flags_has_launches_of_its_own() -> None:
+    groups = [
+        {"params": make_params()[:2]},
+        {"params": make_params()[:1], "amsgrad": True},
+        {"params": make_params(torch.float64)[:1]},
+    ]
+    optimizer = build("AdamW", groups, TRITON)
+    rows, _ = explained(optimizer)
+    optimizer.step()
+    expected = []
+    for plan, dtype in zip(bucket_plans(optimizer), ("float32", "float32", "float64"), strict=True):
+        tiles = [f"{b.shape.rows} x {b.shape.columns} x {b.shape.chunks}" for b in plan.buckets]
+        expected += [(dtype, tile) for tile in ("", *tiles)]
+    assert list(zip(rows["dtype"], rows["tile"], strict=True)) == expected
+
+
+CLASSES: dict[str, tuple[Tensor, Kwargs]] = {
+    "rows": (make_weight((3, 20)).float(), {}),
+    "registers": (make_weight((2, 700)).float(), {}),
+    "split": (make_weight((2, 20_484)).float(), {}),
+    "rows unaligned": (make_weight((3, 21)).float(), {}),
+    "registers unaligned": (unaligned(make_weight((2, 700)).float()), {}),
+    "rows strided": (make_weight((3, 4, 2)).float(), {"unit_dim": 1}),
+    "registers strided": (in_order(make_weight((2, 350, 2)).float(), (1, 0, 2)), {}),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_classes_say_how_units_are_read(kind: str) -> None:
+    weight, options = CLASSES[kind]
+    param = weight if "unaligned" in kind and DEVICE == "cpu" else weight.to(DEVICE)
+    rows, _ = explained(build("SGD", [param], {**TRITON, **options}))
+    assert rows["class"].tolist() == ["begin", kind]
+
+
+def test_complex_elements_count_twice() -> None:
+    param = torch.complex(*(make_weight((3, 10), seed=i).float() for i in range(2))).to(DEVICE)
+    rows, _ = explained(build("SGD", [param], {"momentum": 0.9, **TRITON}))
+    assert rows[["units", "elements", "bytes"]].iloc[1].tolist() == [3, 60, 5 * 60 * 4]
+
+
+def test_the_torch_path_is_explained_by_its_reason() -> None:
+    first, second = torch.zeros(4, 3), torch.zeros(0, 3)
+    groups: list[dict[str, Any]] = [
+        {"params": [first, second]},
+        {"params": [torch.zeros(5, 1, 1), torch.zeros(2, 6)], "foreach": True, "unit_dim": 1},
+    ]
+    rows, total = explained(SGD_AGC(groups, momentum=0.9))
+    assert rows["backend"].tolist() == ["torch"] * 3
+    assert rows["why"].tolist() == [
+        "it is on cpu, and Triton needs a GPU",
+        "it is empty",
+        "foreach=True",
+    ]
+    assert rows["tensors"].tolist() == [1, 1, 2]
+    assert rows["units"].tolist() == [4, 0, 1 + 6]
+    assert rows["elements"].tolist() == [12, 0, 5 + 12]
+    # p, g and momentum are read, p and momentum written.
+    assert rows["bytes"].tolist() == [5 * 4 * 12, 0, 5 * 4 * 17]
+    assert total["launches"] == 0
+
+
+def test_the_floor_follows_the_bandwidth() -> None:
+    optimizer = SGD_AGC([torch.zeros(1000, 100)], backend="torch")
+    rows, total = explained(optimizer, bandwidth=1e9)
+    assert rows["why"].tolist() == ["torch"]
+    assert total["floor_ms"] == pytest.approx(1.2)
+    assert optimizer.explain()["floor_ms"].iloc[-1] == pytest.approx(1.2 / 3000)
+
+
+def test_it_changes_nothing() -> None:
+    optimizer: Any = build("AdamW", make_params(), TRITON)
+    optimizer.explain()
+    assert not optimizer.state
+    assert optimizer._plan is None
