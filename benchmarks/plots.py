@@ -61,8 +61,14 @@ def _draw_bars(ax: Axes, rows: pd.DataFrame, title: str) -> None:
     ax.invert_yaxis()
     ax.set_title(title, loc="left", fontsize=10)
     ax.tick_params(labelbottom=True, labelsize=8)
-    above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-    ax.legend(fontsize=8, ncols=3, frameon=False, **above)
+    ax.legend(
+        fontsize=8,
+        ncols=3,
+        frameon=False,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.2,
+    )
 
 
 def _slug(text: str) -> str:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 from torch.nn import Parameter
+from torch.profiler import DeviceType, ProfilerActivity
 from tqdm import tqdm
 
 from agc_triton import unitwise_norm
@@ -119,12 +119,11 @@ def count_launches(step: Step, device: torch.device) -> int | None:
             return planned
     if device.type != "cuda":
         return None
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiled:
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize(device)
-    of_device = [e for e in profiled.events() or () if e.device_type == DeviceType.CUDA]
-    return len(of_device)
+    launched: int = sum(e.device_type == DeviceType.CUDA for e in profiled.events() or ())
+    return launched
 
 
 def peak_extra_bytes(step: Step, device: torch.device = CPU) -> int:

@@ -9,7 +9,7 @@ beside that of the row where overhead weighs least: most elements, fewest tensor
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,6 @@ THREADS = 2
 ROUNDS = Rounds(warmup=3, timed=15)
 # What the other two are while one changes.
 ELEMENTS, TENSORS, UNIT_LENGTH = 10**7, 10, 10**3
-SMALLEST = 10**4
 # Times the time per element of the reference row, up to which growth is called linear.
 LINEAR = 1.5
 
@@ -40,22 +39,25 @@ class Case(NamedTuple):
     unit_length: int
 
 
-def cases(elements: int, largest: int) -> Iterator[Case]:
+def cases(largest: int) -> list[Case]:
     """Every case; the last one of each axis is what the others are held against."""
-    size = SMALLEST
-    while size <= largest:
-        yield Case("elements", size, TENSORS, UNIT_LENGTH)
-        size *= 10
-    for tensors in (10_000, 1000, 100, 10, 1):
-        yield Case("tensors", elements, tensors, UNIT_LENGTH)
-    for length in (1, 10, 100, 10**3, 10**4, 10**5, 10**6):
-        yield Case("unit_length", elements, TENSORS, length)
+    elements = min(ELEMENTS, largest)
+    sizes = [10**n for n in range(4, 12) if 10**n <= largest]
+    all_cases = [
+        *(Case("elements", size, TENSORS, UNIT_LENGTH) for size in sizes),
+        *(Case("tensors", elements, n, UNIT_LENGTH) for n in (10_000, 1000, 100, 10, 1)),
+        # (n, 1) would be one unit, not n.
+        *(
+            Case("unit_length", elements, TENSORS, n)
+            for n in (2, 10, 100, 10**3, 10**4, 10**5, 10**6)
+        ),
+    ]
+    return [c for c in all_cases if c.elements >= c.tensors * c.unit_length]
 
 
 def measure_case(case: Case, optimizer: str, device: torch.device) -> pd.DataFrame:
     """One row: what `measure` finds, and the case."""
-    rows = max(1, case.elements // case.tensors // case.unit_length)
-    shape = (rows, case.unit_length)
+    shape = (case.elements // case.tensors // case.unit_length, case.unit_length)
     workload = on_device(workload_of(case.axis, [shape] * case.tensors), device)
     ours = next(p for p in providers(optimizer, device.type) if p.role == "ours" and p.quick)
     found = measure(optimizer, [ours], workload, ROUNDS)
@@ -70,19 +72,16 @@ def with_ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(rows: pd.DataFrame) -> str:
-    """From where on an axis growth is linear, and what the other end of it costs."""
-    axis = rows["axis"].iloc[0]
-    values = rows["parameters" if axis == "elements" else axis]
-    beyond = rows["ratio_to_linear"] > LINEAR
-    worst = rows["ratio_to_linear"].idxmax()
-    cost = f"at {values[worst]:,} an element costs {rows['ratio_to_linear'][worst]:.1f} times that"
-    reference = (
-        f"{axis}: {rows['ns_per_element'].iloc[-1]:.3g} ns per element at {values.iloc[-1]:,}"
-    )
-    if not beyond.any():
-        return f"{reference}; linear throughout (within {LINEAR:g}); {cost}"
-    first = rows.index.get_loc(rows.index[beyond][-1])
-    return f"{reference}; not linear (over {LINEAR:g} times) from {values.iloc[first]:,} on; {cost}"
+    """Where on an axis time per element is over ``LINEAR`` times its last row's."""
+    axis = str(rows["axis"].iloc[0])
+    values = rows["parameters" if axis == "elements" else axis].tolist()
+    ratios = rows["ratio_to_linear"].tolist()
+    beyond = [(value, ratio) for value, ratio in zip(values, ratios, strict=True) if ratio > LINEAR]
+    reference = f"{axis}: {rows['ns_per_element'].iloc[-1]:.3g} ns per element at {values[-1]:,}"
+    if not beyond:
+        return f"{reference}; nowhere over {LINEAR:g} times that"
+    listed = ", ".join(f"{ratio:.1f} times at {value:,}" for value, ratio in beyond)
+    return f"{reference}; not linear where it is over {LINEAR:g} times that: {listed}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,10 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(THREADS)
     device, largest = torch.device(args.device), int(args.max_elements)
-    todo = list(cases(min(ELEMENTS, largest), largest))
     found = [
         measure_case(case, args.optimizer, device)
-        for case in tqdm(todo, desc="scaling", unit="case", disable=None)
+        for case in tqdm(cases(largest), desc="scaling", unit="case", disable=None)
     ]
     columns = ["axis", "unit_length", *COLUMNS, "ns_per_element", "ratio_to_linear"]
     table = with_ratios(pd.concat(found, ignore_index=True))[columns]
