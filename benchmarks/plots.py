@@ -113,3 +113,28 @@ def _fixed(rows: pd.DataFrame, axis: str) -> str:
         "unit_length": f"{last['unit_length']:,} elements per unit",
     }
     return ", ".join(text for name, text in fixed.items() if name != axis)
+
+
+def host_cost(table: pd.DataFrame, csv: Path) -> Path:
+    """Python's time per step by number of tensors in one group, and by groups of 600 tensors."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    styles = {"steady": "-", "changing": "--"}
+    colors = dict(zip(table["implementation"].unique(), ["tab:blue", "tab:red"], strict=True))
+    grouped = table.sort_values("groups")["tensors"].iloc[-1]
+    panels = {
+        "tensors": (table[table["groups"] == 1], "one parameter group"),
+        "groups": (table[table["tensors"] == grouped], f"{grouped} tensors"),
+    }
+    for ax, (x, (rows, title)) in zip(axes, panels.items(), strict=True):
+        for (name, kind), line in rows.groupby(["implementation", "kind"], sort=False):
+            style = {"color": colors[name], "linestyle": styles[str(kind)], "marker": "o"}
+            ax.plot(line[x], line["median_us"], label=f"{name}, {kind}", **style)
+        ax.set(xscale="log", yscale="log", xlabel=x, title=title)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("median µs per step, nothing launched")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"Host time of a step on {table['device'].iloc[0]}", fontsize=11)
+    path = csv.with_suffix(".png")
+    figure.savefig(path, dpi=120)
+    return path

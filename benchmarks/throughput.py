@@ -92,7 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if workload is None or (workload.model, workload.params[0].dtype) != (group.model, dtype):
             workload = None  # frees its memory first
             workload = on_device(random_workload(group.model, dtype), device)
-        rows = measure(group.optimizer, compared, workload, rounds)
+        try:
+            rows = measure(group.optimizer, compared, workload, rounds)
+        except torch.OutOfMemoryError as error:
+            tqdm.write(f"{' '.join(group)} does not fit and is left out: {error}")
+            continue
         # Ratios are between rows of one run: what there was of this group goes as a whole.
         table = pd.concat([table[~same], rows], ignore_index=True) if len(table) else rows
         write(table, args.out)

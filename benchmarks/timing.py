@@ -31,19 +31,22 @@ def _cpu_times(prepare: Step, step: Step) -> Times:
     return Times(ms, ms)
 
 
+# More than any L2 cache holds, and some tenths of a millisecond to write.
+FLUSH_BYTES = 1 << 30
+
+
 class _CudaTimer:
     """Times by events on the current stream, with nothing of the step's data in the L2 cache.
 
-    The cache is turned over by writing twice its size; both that and ``prepare`` are still running
-    when ``step()`` starts, so launches that are issued ahead of the device cost no time, as in
-    training, and a step that cannot be issued in time shows it.
+    ``prepare`` and then a write of `FLUSH_BYTES` are still running when ``step()`` starts, as
+    backward passes are in training: launches that are issued ahead of the device cost no time, and
+    a step that cannot be issued in time shows it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._event: Any = torch.cuda.Event  # torch gives it no types
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._other = torch.empty(size, dtype=torch.uint8, device=device)
+        self._other = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def __call__(self, prepare: Step, step: Step) -> Times:
         start, end = self._event(enable_timing=True), self._event(enable_timing=True)

@@ -13,7 +13,7 @@ import torch
 from torch.nn import Parameter
 
 from agc_triton import AdamW_AGC, unitwise_norm
-from benchmarks import readme_table, shapes, throughput
+from benchmarks import plots, readme_table, shapes, throughput
 from benchmarks.providers import OPTIMIZERS, copy_provider, minimal_bytes, providers
 from benchmarks.runner import COLUMNS, Rounds, count_launches, measure
 from tests.helpers import SHAPES, write_shapes
@@ -151,6 +151,19 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pd.testing.assert_frame_equal(table.iloc[: len(kept)], kept)
 
 
+def test_what_does_not_fit_in_memory_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(optimizer: str, *args: Any) -> pd.DataFrame:
+        if optimizer == "sgd":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(optimizer, *args)
+
+    monkeypatch.setattr(throughput, "measure", too_large)
+    assert set(run(tmp_path / "rows.csv")["optimizer"]) == {"adamw"}
+    assert "tiny sgd fp32 does not fit and is left out: CUDA out" in capsys.readouterr().out
+
+
 def test_without_resume_the_rows_are_replaced(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     run(out, "--optimizers", "sgd")
@@ -225,3 +238,15 @@ def test_measured_on_a_gpu() -> None:
     assert rows["launches"].notna().all()
     assert (rows["median_ms"] > 0).all()
     assert set(rows["device"]) == {torch.cuda.get_device_name()}
+
+
+def test_host_cost_is_drawn(tmp_path: Path) -> None:
+    rows = [
+        {"implementation": name, "kind": kind, "tensors": n, "groups": groups, "median_us": n}
+        for name in ("ours", "theirs")
+        for kind in ("steady", "changing")
+        for n, groups in ((30, 1), (600, 1), (600, 10))
+    ]
+    path = plots.host_cost(pd.DataFrame(rows).assign(device="Some CPU"), tmp_path / "cost.csv")
+    assert path == tmp_path / "cost.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
