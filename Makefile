@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: coverage demo mutations test
+.PHONY: bench coverage demo mutations test
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -15,6 +15,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(PYTHON) -m benchmarks.digits
 	$(PYTHON) -m benchmarks.torch_path --quick
+
+# Step time and bandwidth beside other implementations; goes on where an earlier run was ended.
+bench: $(INSTALLED)
+	$(PYTHON) -m benchmarks.throughput --resume --plot
 
 test: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -1,6 +1,6 @@
 """Python's part of a step: `AdamW_AGC` on the Triton path beside torch's fused AdamW, no launches.
 
-    python -m benchmarks.host_cost [--rounds 200] [--out out/host_cost.csv]
+    python -m benchmarks.host_cost [--rounds 200] [--plot] [--out out/host_cost.csv]
 
 Both run on CPU tensors with their launches replaced by functions that do nothing, in turns in one
 process. ``steady`` steps find everything as it was; before a ``changing`` step the learning rate
@@ -30,6 +30,7 @@ from tqdm import tqdm  # likewise
 
 from agc_triton import AdamW_AGC  # likewise
 from agc_triton.kernels.launch import Launch  # likewise
+from benchmarks import plots  # likewise
 from benchmarks.runner import cpu_name  # likewise
 
 TENSORS = (30, 100, 233, 600, 1457, 3000)
@@ -98,6 +99,7 @@ def main() -> None:
     """Measure over numbers of tensors and of groups; print and write every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/host_cost.csv"))
     args = parser.parse_args()
     cases = [(n, 1) for n in TENSORS] + [(600, groups) for groups in GROUPS[1:]]
@@ -114,6 +116,8 @@ def main() -> None:
     table.to_csv(args.out, index=False)
     print(table.drop(columns=["device", "rounds", "torch"]).to_string(index=False))
     print(f"on {cpu_name()}; every row is in {args.out}")
+    if args.plot:
+        print(f"drawn in {plots.host_cost(table, args.out)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor
 
 import agc_triton
-from agc_triton import AGC, SGD_AGC, AdamW_AGC, RMSprop_AGC
+from agc_triton import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
+from benchmarks.timing import Step
 
-Step = Callable[[], object]
-Role = Literal["ours", "wrapper", "peer", "unclipped"]
+Clip = Callable[[Iterable[Tensor]], object]
+Role = Literal["ours", "wrapper", "peer", "unclipped", "copy"]
 
 
 class Provider(NamedTuple):
     """One implementation of clip-and-update.
 
     ``build(params)`` returns a function that makes one step with the gradients in ``.grad``.
-    ``role``: ours is compared with peers; unclipped, torch.optim alone, is what AGC adds to.
+    ``role``: ours is compared with peers; unclipped, torch.optim alone, is what AGC adds to; copy
+    moves as many bytes and computes nothing.
     ``quick``: among the few that a short run measures.
     """
 
@@ -35,43 +38,53 @@ class Provider(NamedTuple):
 class Optimizer(NamedTuple):
     """A torch.optim class, its AGC class, and the options that both are measured with.
 
-    ``modes`` are the arguments that choose torch's implementation on a CPU; ``fastest`` is the mode
-    that short runs keep.
+    ``states`` counts the state tensors per parameter. ``modes`` are the arguments that choose
+    torch's implementation; ``fastest`` is the mode that short runs keep.
     """
 
     torch_class: Callable[..., torch.optim.Optimizer]
     agc_class: Callable[..., torch.optim.Optimizer]
     options: dict[str, Any]
+    states: int
     modes: dict[str, dict[str, bool]]
     fastest: str
 
 
-LR = 1e-6  # so small that weights, and so the share of clipped units, stay what they were
+LR = 1e-9  # so small that weights, and so the share of clipped units, stay what they were
 UNFUSED = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
 MODES = {**UNFUSED, "fused": {"fused": True}}
+MOMENTUM = {"lr": LR, "momentum": 0.9}
 
 OPTIMIZERS = {
-    "sgd": Optimizer(torch.optim.SGD, SGD_AGC, {"lr": LR, "momentum": 0.9}, MODES, "fused"),
-    "adamw": Optimizer(torch.optim.AdamW, AdamW_AGC, {"lr": LR}, MODES, "fused"),
-    "rmsprop": Optimizer(
-        torch.optim.RMSprop, RMSprop_AGC, {"lr": LR, "momentum": 0.9}, UNFUSED, "for-loop"
-    ),
+    "sgd": Optimizer(torch.optim.SGD, SGD_AGC, MOMENTUM.copy(), 1, MODES, "fused"),
+    "adam": Optimizer(torch.optim.Adam, Adam_AGC, {"lr": LR}, 2, MODES, "fused"),
+    "adamw": Optimizer(torch.optim.AdamW, AdamW_AGC, {"lr": LR}, 2, MODES, "fused"),
+    "rmsprop": Optimizer(torch.optim.RMSprop, RMSprop_AGC, MOMENTUM.copy(), 2, UNFUSED, "for-loop"),
 }
 
 
-def providers(optimizer: str) -> list[Provider]:
-    """Everything that is compared for one optimizer, on a CPU."""
-    torch_class, agc_class, options, modes, fastest = OPTIMIZERS[optimizer]
+def providers(
+    optimizer: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> list[Provider]:
+    """Everything that is compared for one optimizer; ``compiled``: also under torch.compile."""
+    torch_class, agc_class, options, _, modes, fastest = OPTIMIZERS[optimizer]
+    if optimizer == "sgd" and device == "cpu" and dtype.itemsize < 4:
+        modes, fastest = UNFUSED, "for-loop"  # fused is wrong there up to 2.13 (pytorch#191763)
+    elif device == "cuda" and "fused" not in modes:
+        fastest = "foreach"
     version = f"agc_triton {agc_triton.__version__}"
-    clip, clip_version = timm_adaptive_clip_grad()
+    torch_version = f"torch {torch.__version__}"
 
-    def ours(params: list[Tensor]) -> Step:
-        return agc_class(params, **options, backend="torch").step
+    def ours(backend: str, params: list[Tensor]) -> Step:
+        return agc_class(params, **options, backend=backend).step
 
     def wrapper(params: list[Tensor]) -> Step:
         return AGC(torch_class(params, **options)).step
 
-    def peer(mode: str, params: list[Tensor]) -> Step:
+    def peer(clip: Clip, mode: str, params: list[Tensor]) -> Step:
         update = torch_class(params, **options, **modes[mode]).step
 
         def step() -> None:
@@ -80,31 +93,59 @@ def providers(optimizer: str) -> list[Provider]:
 
         return step
 
+    def compiled_peer(clip: Clip, params: list[Tensor]) -> Step:
+        step: Step = torch.compile(peer(clip, "foreach", params))
+        return step
+
     def unclipped(mode: str, params: list[Tensor]) -> Step:
         return torch_class(params, **options, **modes[mode]).step
 
-    compared = [
-        Provider("agc_triton", version, "ours", True, ours),
-        Provider("AGC(torch.optim)", version, "wrapper", False, wrapper),
-    ]
+    compared = []
+    if device == "cuda":
+        triton = partial(ours, "triton")
+        compared.append(Provider("agc_triton, Triton", version, "ours", True, triton))
+    torch_path = partial(ours, "torch")
+    quick = device == "cpu"
+    compared.append(Provider("agc_triton, torch path", version, "ours", quick, torch_path))
+    compared.append(Provider("AGC(torch.optim)", version, "wrapper", False, wrapper))
+
+    clip, clip_version = timm_adaptive_clip_grad()
     for mode in modes:
-        name = f"timm AGC, torch.optim {mode}"
-        compared.append(Provider(name, clip_version, "peer", mode == fastest, partial(peer, mode)))
+        name, build = f"timm AGC, torch.optim {mode}", partial(peer, clip, mode)
+        compared.append(Provider(name, clip_version, "peer", mode == fastest, build))
+    name, build = "agc_optims AGC, torch.optim for-loop", partial(peer, agc_optims_clip, "for-loop")
+    compared.append(Provider(name, "agc_optims 0.0.2, corrected", "peer", False, build))
+    for package, package_version, packaged in packaged_clips(compiled):
+        name, build = f"{package}, torch.optim {fastest}", partial(peer, packaged, fastest)
+        compared.append(Provider(name, package_version, "peer", False, build))
+    if compiled:
+        name, build = "timm AGC, torch.optim, torch.compile", partial(compiled_peer, clip)
+        compared.append(Provider(name, clip_version, "peer", False, build))
+
     for mode in ["fused"] if "fused" in modes else modes:
-        name = f"torch.optim {mode}, unclipped"
-        compared.append(
-            Provider(
-                name,
-                f"torch {torch.__version__}",
-                "unclipped",
-                mode == fastest,
-                partial(unclipped, mode),
-            )
-        )
+        name, build = f"torch.optim {mode}, unclipped", partial(unclipped, mode)
+        compared.append(Provider(name, torch_version, "unclipped", mode == fastest, build))
     return compared
 
 
-def timm_adaptive_clip_grad() -> tuple[Callable[[Iterable[Tensor]], object], str]:
+def copy_provider(optimizer: str) -> Provider:
+    """A copy that loads and stores as many bytes as a step must: what memory allows."""
+
+    def build(params: list[Tensor]) -> Step:
+        half = minimal_bytes(optimizer, params) // 2
+        source = torch.ones(half, dtype=torch.uint8, device=params[0].device)
+        return partial(torch.empty_like(source).copy_, source)
+
+    return Provider("copy of as many bytes", f"torch {torch.__version__}", "copy", True, build)
+
+
+def minimal_bytes(optimizer: str, params: Iterable[Tensor]) -> int:
+    """Bytes of a step that reads p, g and states once and writes p and states once."""
+    size = sum(p.numel() * p.element_size() for p in params)
+    return size * (3 + 2 * OPTIMIZERS[optimizer].states)
+
+
+def timm_adaptive_clip_grad() -> tuple[Clip, str]:
     """timm's own function where timm is installed, else the one below, and which one it is."""
     try:
         timm, agc = (importlib.import_module(name) for name in ("timm", "timm.utils.agc"))
@@ -136,3 +177,64 @@ def _norm(x: Tensor) -> Tensor:
     dims = None if x.ndim <= 1 else tuple(range(1, x.ndim))
     norm: Tensor = x.norm(2.0, dim=dims, keepdim=dims is not None)
     return norm
+
+
+@torch.no_grad()
+def agc_optims_clip(
+    parameters: Iterable[Tensor], clipping: float = 0.01, eps: float = 1e-3
+) -> None:
+    """agc_optims' operations as the paper means them, for current PyTorch; writes to ``.grad``.
+
+    Its ``mul_`` in place, which rescaled gradients under the limit too, is a plain product here,
+    and tensors of rank 2 and 3 are reduced over all dimensions but 0, as those of rank 4 are.
+    Source: agc_optims 0.0.2 (PyPI), agc_optims/utils.py.
+    """
+    for param in parameters:
+        grad = param.grad
+        if grad is None:
+            continue
+        max_norm = _root_of_squares(param).clamp_(min=eps).mul_(clipping)
+        grad_norm = _root_of_squares(grad)
+        clipped = grad * (max_norm / grad_norm.clamp(min=1e-6))
+        grad.copy_(torch.where(grad_norm < max_norm, grad, clipped))
+
+
+def _root_of_squares(x: Tensor) -> Tensor:
+    dims = None if x.ndim <= 1 else tuple(range(1, x.ndim))
+    return torch.sum(x**2, dim=dims, keepdim=dims is not None) ** 0.5
+
+
+def packaged_clips(compiled: bool) -> list[tuple[str, str, Clip]]:
+    """Name, version and clipping of installed packages; heavyball's compiles itself."""
+    found: list[tuple[str, str, Clip]] = []
+    agc = _imported("pytorch_optimizer.optimizer.agc")
+    if agc is not None:
+
+        @torch.no_grad()
+        def clip_each(parameters: Iterable[Tensor]) -> None:
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.copy_(agc.agc(p, p.grad))
+
+        found.append(("pytorch_optimizer agc", _version("pytorch-optimizer"), clip_each))
+    utils = _imported("heavyball.utils") if compiled else None
+    if utils is not None:
+
+        @torch.no_grad()
+        def clip_tensors(parameters: Iterable[Tensor]) -> None:
+            params = list(parameters)
+            utils.adaptive_gradient_clipping_(params, [p.grad for p in params], 0.01)
+
+        found.append(("heavyball AGC per tensor", _version("heavyball"), clip_tensors))
+    return found
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def _version(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"

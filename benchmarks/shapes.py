@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +34,17 @@ def load_shapes(model: str) -> list[tuple[int, ...]]:
     ]
 
 
-def random_workload(
-    model: str, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 4.0
+def random_workload(model: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Workload:
+    """A workload with a model's shapes."""
+    return workload_of(model, load_shapes(model), dtype, seed)
+
+
+def workload_of(
+    name: str,
+    shapes: Iterable[tuple[int, ...]],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spread: float = 4.0,
 ) -> Workload:
     """Normal weights of unit norm about 1, and gradients of which half are over their limit.
 
@@ -42,7 +52,7 @@ def random_workload(
     """
     generator = torch.Generator().manual_seed(seed)
     params, grads = [], []
-    for shape in load_shapes(model):
+    for shape in shapes:
         p, g = (torch.randn(shape, generator=generator) for _ in range(2))
         norm = unitwise_norm(p)
         p /= math.sqrt(p.numel() / norm.numel())
@@ -50,7 +60,13 @@ def random_workload(
         g *= target / unitwise_norm(g)
         params.append(p.to(dtype))
         grads.append(g.to(dtype))
-    return Workload(model, params, grads)
+    return Workload(name, params, grads)
+
+
+def on_device(workload: Workload, device: torch.device) -> Workload:
+    """The workload's tensors on a device."""
+    name, params, grads = workload
+    return Workload(name, [p.to(device) for p in params], [g.to(device) for g in grads])
 
 
 def limits(param: Tensor) -> Tensor:

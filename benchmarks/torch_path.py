@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from agc_triton import reference
-from benchmarks.providers import OPTIMIZERS, Provider, Role, Step, providers
+from benchmarks.providers import OPTIMIZERS, Provider, Role, providers
 from benchmarks.runner import COLUMNS, Rounds, measure
 from benchmarks.shapes import Workload, random_workload
+from benchmarks.timing import Step
 
 MODEL = "dm_nfnet_f0"
+DEFAULT = ("sgd", "adamw", "rmsprop")  # Adam differs from AdamW in its decay only
 THREADS = 2
 BLOCKS = [1 << n for n in range(15, 22)]
 SHOWN = [
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(DEFAULT))
     parser.add_argument("--quick", action="store_true", help="fewer rounds and implementations")
     parser.add_argument("--sweep", action="store_true", help="block sizes instead of peers")
     parser.add_argument("--out", type=Path, help="default: out/torch_path[_sweep].csv")

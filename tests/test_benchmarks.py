@@ -25,6 +25,7 @@ from benchmarks.providers import (
     timm_adaptive_clip_grad,
 )
 from benchmarks.runner import COLUMNS, peak_extra_bytes
+from tests.helpers import write_shapes
 
 # Millions of parameters, as timm's results tables give them.
 PUBLISHED = {
@@ -226,8 +227,7 @@ def test_peak_extra_bytes_sees_what_operations_allocate_inside() -> None:
 def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A small model in place of NFNet-F0, and the thread count as it was afterwards."""
     threads = torch.get_num_threads()
-    rows = [f"p{i},{'x'.join(map(str, shape)) or 'scalar'}" for i, shape in enumerate(SHAPES)]
-    (tmp_path / "tiny.csv").write_text("\n".join(["name,shape", *rows]))
+    write_shapes(tmp_path / "tiny.csv", SHAPES)
     monkeypatch.setattr(shapes, "TABLES", tmp_path)
     monkeypatch.setattr(torch_path, "MODEL", "tiny")
     yield "tiny"
@@ -244,7 +244,7 @@ def test_torch_path_writes_one_row_per_implementation(
     assert list(table.columns) == COLUMNS
     expected = [
         (optimizer, p.implementation)
-        for optimizer in OPTIMIZERS
+        for optimizer in torch_path.DEFAULT
         for p in providers(optimizer)
         if p.quick or not quick
     ]
@@ -258,13 +258,13 @@ def test_torch_path_writes_one_row_per_implementation(
     assert str(out) in printed
     for optimizer, rows in table.groupby("optimizer"):
         medians = rows.set_index("implementation")["median_ms"]
-        peer = medians[medians.index.str.startswith("timm")].min()
+        peer = rows.loc[rows["role"] == "peer", "median_ms"].min()
         floor = medians[medians.index.str.endswith("unclipped")].min()
-        ours = rows[rows["implementation"] == "agc_triton"].iloc[0]
+        ours = rows[rows["role"] == "ours"].iloc[0]
         assert ours["ratio_to_best_peer"] == pytest.approx(peer / ours["median_ms"])
         assert ours["ratio_to_unclipped"] == pytest.approx(ours["median_ms"] / floor)
-        assert f"{optimizer}: agc_triton takes" in printed
-        assert f"{ours['ratio_to_best_peer']:.2f} times as fast as timm" in printed
+        assert f"{optimizer}: agc_triton, torch path takes" in printed
+        assert f"{ours['ratio_to_best_peer']:.2f} times as fast as" in printed
 
 
 def test_sweep_writes_one_row_per_block_size(

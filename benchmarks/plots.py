@@ -1,0 +1,142 @@
+"""Pictures of what the benchmarks write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = {
+    "ours": "tab:blue",
+    "wrapper": "tab:cyan",
+    "peer": "tab:gray",
+    "unclipped": "tab:red",
+    "copy": "tab:green",
+}
+BARS = ["ours", "wrapper", "peer"]
+# Keeps a figure legible where a line runs through it.
+BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
+LINES = {"unclipped": "-", "copy": ":"}
+
+
+def step_times(table: pd.DataFrame, csv: Path) -> list[Path]:
+    """Bars of step time per implementation: a file beside the CSV per machine, model and dtype."""
+    paths = []
+    for (device, threads, model, dtype), rows in table.groupby(
+        ["device", "threads", "model", "dtype"], sort=False
+    ):
+        optimizers = list(rows["optimizer"].unique())
+        bars = max(rows[rows["role"].isin(BARS)].groupby("optimizer").size())
+        size = (10, 0.9 + len(optimizers) * (1.0 + 0.26 * bars))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(optimizers), 1, squeeze=False, sharex=True)[:, 0]
+        for ax, optimizer in zip(axes, optimizers, strict=True):
+            _draw_bars(ax, rows[rows["optimizer"] == optimizer], str(optimizer))
+        axes[-1].set_xlim(0, 1.12 * rows["p80_ms"].max())
+        axes[-1].set_xlabel("ms per step: median, with the 20th to 80th percentile")
+        figure.suptitle(f"{model}, {dtype}, on {device}, {threads} threads", fontsize=11)
+        path = csv.with_name(f"{csv.stem}-{_slug(str(device))}-{threads}-{model}-{dtype}.png")
+        figure.savefig(path, dpi=120)
+        paths.append(path)
+    return paths
+
+
+def _draw_bars(ax: Axes, rows: pd.DataFrame, title: str) -> None:
+    bars = rows[rows["role"].isin(BARS)]
+    spread = [bars["median_ms"] - bars["p20_ms"], bars["p80_ms"] - bars["median_ms"]]
+    drawn = ax.barh(
+        bars["implementation"],
+        bars["median_ms"],
+        xerr=spread,
+        color=bars["role"].map(COLORS),
+        error_kw={"elinewidth": 1, "capsize": 2},
+    )
+    high = bars["p80_ms"].max()
+    for bar, ms, end in zip(drawn, bars["median_ms"], bars["p80_ms"], strict=True):
+        y = bar.get_y() + bar.get_height() / 2
+        ax.text(end + 0.01 * high, y, f"{ms:.3g}", va="center", fontsize=8, bbox=BEHIND)
+    for role, style in LINES.items():
+        for name, ms in rows.loc[rows["role"] == role, ["implementation", "median_ms"]].values:
+            ax.axvline(ms, color=COLORS[role], linestyle=style, label=f"{name}: {ms:.3g}")
+    ax.invert_yaxis()
+    ax.set_title(title, loc="left", fontsize=10)
+    ax.tick_params(labelbottom=True, labelsize=8)
+    ax.legend(
+        fontsize=8,
+        ncols=3,
+        frameon=False,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.2,
+    )
+
+
+def _slug(text: str) -> str:
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return "-".join(word for word in words if word not in ("r", "tm", "processor", "cpu"))
+
+
+def scaling(table: pd.DataFrame, csv: Path) -> Path:
+    """Step time along each axis, beside what it would be at the reference row's ns per element."""
+    axes_names = list(table["axis"].unique())
+    figure = Figure(figsize=(4.2 * len(axes_names), 4), layout="constrained")
+    axes = figure.subplots(1, len(axes_names), squeeze=False, sharey=True)[0]
+    for ax, name in zip(axes, axes_names, strict=True):
+        rows = table[table["axis"] == name]
+        x = rows["parameters" if name == "elements" else name]
+        linear = rows["median_ms"] / rows["ratio_to_linear"]
+        spread = [rows["median_ms"] - rows["p20_ms"], rows["p80_ms"] - rows["median_ms"]]
+        ax.plot(x, linear, color="tab:gray", linestyle="--", label="linear in elements")
+        ax.errorbar(x, rows["median_ms"], spread, marker="o", capsize=2, label="measured")
+        label = {"elements": "elements", "tensors": "tensors", "unit_length": "elements per unit"}
+        ax.set(xscale="log", yscale="log", xlabel=label[str(name)], title=_fixed(rows, str(name)))
+        ax.title.set_fontsize(9)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("ms per step: median, 20th to 80th percentile")
+    axes[0].legend()
+    first = table.iloc[0]
+    figure.suptitle(
+        f"{first['implementation']}, {first['optimizer']}, {first['dtype']},"
+        f" on {first['device']}, {first['threads']} threads",
+        fontsize=11,
+    )
+    path = csv.with_suffix(".png")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _fixed(rows: pd.DataFrame, axis: str) -> str:
+    last = rows.iloc[-1]
+    fixed = {
+        "elements": f"{last['parameters']:,} elements",
+        "tensors": f"{last['tensors']:,} tensors",
+        "unit_length": f"{last['unit_length']:,} elements per unit",
+    }
+    return ", ".join(text for name, text in fixed.items() if name != axis)
+
+
+def host_cost(table: pd.DataFrame, csv: Path) -> Path:
+    """Python's time per step by number of tensors in one group, and by groups of 600 tensors."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    styles = {"steady": "-", "changing": "--"}
+    colors = dict(zip(table["implementation"].unique(), ["tab:blue", "tab:red"], strict=True))
+    grouped = table.sort_values("groups")["tensors"].iloc[-1]
+    panels = {
+        "tensors": (table[table["groups"] == 1], "one parameter group"),
+        "groups": (table[table["tensors"] == grouped], f"{grouped} tensors"),
+    }
+    for ax, (x, (rows, title)) in zip(axes, panels.items(), strict=True):
+        for (name, kind), line in rows.groupby(["implementation", "kind"], sort=False):
+            style = {"color": colors[name], "linestyle": styles[str(kind)], "marker": "o"}
+            ax.plot(line[x], line["median_us"], label=f"{name}, {kind}", **style)
+        ax.set(xscale="log", yscale="log", xlabel=x, title=title)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("median µs per step, nothing launched")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"Host time of a step on {table['device'].iloc[0]}", fontsize=11)
+    path = csv.with_suffix(".png")
+    figure.savefig(path, dpi=120)
+    return path

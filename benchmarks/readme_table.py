@@ -1,0 +1,60 @@
+"""Writes README.md's table of step times from the CSVs that are committed in benchmarks/results.
+
+python -m benchmarks.readme_table
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- python -m benchmarks.readme_table -->"
+END = "<!-- end of the table -->"
+MODEL, DTYPE = "dm_nfnet_f0", "float32"
+TITLES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+
+
+def main() -> None:
+    """Put the tables between the markers."""
+    README.write_text(with_tables(README.read_text()))
+
+
+def with_tables(text: str) -> str:
+    """The text with what is between the markers replaced by a table per CSV."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    tables = [markdown(pd.read_csv(path)) for path in sorted(RESULTS.glob("throughput-*.csv"))]
+    return "\n\n".join([before + BEGIN, *tables, END + after])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Median ms per step, and how many unclipped steps that is, by implementation and optimizer."""
+    rows = table[(table["model"] == MODEL) & (table["dtype"] == DTYPE)]
+    first = rows.iloc[0]
+    lines = [
+        f"{MODEL}, {DTYPE}, {first['parameters'] / 1e6:.1f} million parameters on"
+        f" {first['device']}, {first['threads']} threads, torch {first['torch']}:",
+        "",
+        f"| ms per step (times unclipped) | {' | '.join(TITLES.values())} |",
+        "|---" * (1 + len(TITLES)) + "|",
+    ]
+    for implementation, of_one in rows.groupby("implementation", sort=False):
+        by_optimizer = of_one.set_index("optimizer")
+        cells = [_cell(by_optimizer, optimizer) for optimizer in TITLES]
+        lines.append(f"| {implementation} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(rows: pd.DataFrame, optimizer: str) -> str:
+    if optimizer not in rows.index:
+        return ""
+    row = rows.loc[optimizer]
+    return f"{row['median_ms']:.3g} ({row['ratio_to_unclipped']:.2f})"
+
+
+if __name__ == "__main__":
+    main()

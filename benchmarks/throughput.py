@@ -1,0 +1,139 @@
+"""Step time and bandwidth of every implementation, over models, optimizers and dtypes.
+
+python -m benchmarks.throughput              NFNet-F0 on a CPU, all thirteen models on a GPU
+python -m benchmarks.throughput --quick      NFNet-F0, SGD and AdamW, the most telling ones
+python -m benchmarks.throughput --resume     goes on where a run was ended
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from benchmarks import plots, shapes
+from benchmarks.providers import OPTIMIZERS, copy_provider, providers
+from benchmarks.runner import COLUMNS, Rounds, device_name, measure
+from benchmarks.shapes import Workload, on_device, random_workload
+
+MODEL = "dm_nfnet_f0"
+THREADS = 2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHOWN = [
+    *("optimizer", "dtype", "implementation", "median_ms", "p20_ms", "p80_ms", "gb_per_s"),
+    *("share_of_copy_bandwidth", "ratio_to_unclipped", "ratio_to_best_peer", "launches"),
+]
+
+
+class Group(NamedTuple):
+    """What is measured in one go, its implementations taking turns."""
+
+    model: str
+    optimizer: str
+    dtype: str
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with defaults that depend on the device filled in."""
+    models = sorted(path.stem for path in shapes.TABLES.glob("*.csv"))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", nargs="+", choices=models, help=f"default: {MODEL} on a CPU")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=THREADS, help="on a CPU; default: %(default)s"
+    )
+    parser.add_argument("--quick", action="store_true", help="under a minute")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has")
+    parser.add_argument("--plot", action="store_true", help="a picture per model and dtype")
+    parser.add_argument("--out", type=Path, default=Path("out/throughput.csv"))
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    everything = args.device == "cuda" and not args.quick
+    args.models = args.models or (models if everything else [MODEL])
+    args.optimizers = args.optimizers or (["sgd", "adamw"] if args.quick else list(OPTIMIZERS))
+    args.dtypes = args.dtypes or (["fp32"] if args.quick else list(DTYPES))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure group by group; the CSV has every group that was finished."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    rounds = Rounds(warmup=1, timed=5) if args.quick else Rounds(warmup=2, timed=12)
+    table = pd.DataFrame(columns=COLUMNS)
+    if args.resume and args.out.exists():
+        table = pd.read_csv(args.out)
+    workload: Workload | None = None
+    for group in tqdm(list(groups(args)), desc="throughput", unit="group", disable=None):
+        dtype = DTYPES[group.dtype]
+        compiled = args.compile or args.device == "cuda"
+        compared = [*providers(group.optimizer, args.device, dtype, compiled)]
+        compared = [p for p in compared if p.quick or not args.quick]
+        compared.append(copy_provider(group.optimizer))
+        same = belongs(table, group, device)
+        if {p.implementation for p in compared} <= set(table.loc[same, "implementation"]):
+            continue
+        if workload is None or (workload.model, workload.params[0].dtype) != (group.model, dtype):
+            workload = None  # frees its memory first
+            workload = on_device(random_workload(group.model, dtype), device)
+        try:
+            rows = measure(group.optimizer, compared, workload, rounds)
+        except torch.OutOfMemoryError as error:
+            tqdm.write(f"{' '.join(group)} does not fit and is left out: {error}")
+            continue
+        # Ratios are between rows of one run: what there was of this group goes as a whole.
+        table = pd.concat([table[~same], rows], ignore_index=True) if len(table) else rows
+        write(table, args.out)
+    print(table[SHOWN].to_string(index=False, float_format="{:.3f}".format))
+    print(f"on {device_name(device)}; every row is in {args.out}")
+    if args.plot:
+        for path in plots.step_times(table, args.out):
+            print(f"drawn in {path}")
+
+
+def groups(args: argparse.Namespace) -> Iterator[Group]:
+    """What the command line asks for; what shares a workload comes together."""
+    for model in args.models:
+        for dtype in args.dtypes:
+            for optimizer in args.optimizers:
+                yield Group(model, optimizer, dtype)
+
+
+def belongs(table: pd.DataFrame, group: Group, device: torch.device) -> pd.Series[bool]:
+    """Which rows are of a group, on this device with as many threads."""
+    dtype = str(DTYPES[group.dtype]).removeprefix("torch.")
+    return (
+        (table["model"] == group.model)
+        & (table["optimizer"] == group.optimizer)
+        & (table["dtype"] == dtype)
+        & (table["device"] == device_name(device))
+        & (table["threads"] == torch.get_num_threads())
+    )
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write a CSV that is whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    table.to_csv(unfinished, index=False)
+    os.replace(unfinished, path)
+
+
+if __name__ == "__main__":
+    main()
