@@ -73,7 +73,8 @@ def rank_main(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank ends with."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank_main, (str(folder),), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
+    spawn: Any = mp.spawn  # type: ignore[attr-defined]  # torch.multiprocessing has no __all__
+    spawn(rank_main, (str(folder),), nprocs=RANKS)
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
 
 
