@@ -63,6 +63,12 @@ class SGD_AGC(AGCOptimizer, SGD):
 
     rule = Rule(_update, _fused, KernelRule("sgd", _flags, _states, _hyper))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state; torch would load one without ``fused`` as ``fused=False``."""
+        for group in state["param_groups"]:
+            group.setdefault("fused", None)
+        super().__setstate__(state)
+
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
         params: list[Tensor] = []
         grads: list[Tensor] = []

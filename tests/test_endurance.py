@@ -1,0 +1,121 @@
+"""Many steps, several threads and forks: nothing is left behind and no number changes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agc_triton.fused import FusedStep
+from agc_triton.plan import OptimizerPlan
+from tests.cases import NAMES, STATEFUL, build
+from tests.helpers import make_params, same, train
+from tests.triton_cases import DEVICE
+from tests.triton_training import make_params as triton_params
+
+every_name = pytest.mark.parametrize("name", NAMES)
+both_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+def make(name: str, params: Any, backend: str) -> Any:
+    return build(name, params, {**STATEFUL[name], "clipping": 0.05, "backend": backend})
+
+
+def steps_with_holes(optimizer: Any, params: list[Tensor], steps: int) -> None:
+    """Gradients come and go in all eight patterns, in new memory each time."""
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = torch.ones_like(p) if step >> i & 1 else None
+        optimizer.step()
+
+
+def census() -> tuple[int, dict[str, int]]:
+    """How many objects there are, and how many of them are tensors and plans."""
+    gc.collect()
+    objects = gc.get_objects()
+    kinds = {"tensors": Tensor, "plans": OptimizerPlan, "fused steps": FusedStep}
+    counts = {key: sum(issubclass(type(x), kind) for x in objects) for key, kind in kinds.items()}
+    return len(objects), counts
+
+
+@both_paths
+@every_name
+def test_steps_leave_no_objects_behind(name: str, backend: str) -> None:
+    params = triton_params()
+    optimizer = make(name, params, backend)
+    steps = {"torch": 400, "triton": 24}[backend]
+    steps_with_holes(optimizer, params, steps)
+    before = census()
+    steps_with_holes(optimizer, params, steps)
+    after = census()
+    assert after[1] == before[1]
+    assert after[0] - before[0] < steps // 2
+
+
+@every_name
+def test_steps_leave_no_memory_behind(name: str) -> None:
+    # Triton's interpreter is too slow to trace, and allocates on its own.
+    params = triton_params()
+    optimizer = make(name, params, "torch")
+    tracemalloc.start()
+    try:
+        steps_with_holes(optimizer, params, 400)
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        steps_with_holes(optimizer, params, 400)
+        gc.collect()
+        after = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert after - before < 32 * 400  # not one small object per step; caches of Python's settle
+
+
+@every_name
+def test_threads_step_as_if_alone(name: str) -> None:
+    # Triton's interpreter keeps the running program's index in globals: the torch path only.
+    def run(seed: int) -> list[Any]:
+        params = make_params(seed=seed)
+        optimizer = make(name, params, "torch")
+        train(optimizer, params, range(seed, seed + 40))
+        return [(p.detach(), *optimizer.state[p].values()) for p in params]
+
+    together: dict[int, Any] = {}
+
+    def collect(seed: int) -> None:
+        together[seed] = run(seed)
+
+    threads = [threading.Thread(target=collect, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same(together, {seed: run(seed) for seed in range(2)})
+
+
+# A forked process cannot use CUDA.
+@pytest.mark.parametrize("backend", ["torch", "triton"] if DEVICE == "cpu" else ["torch"])
+@every_name
+def test_a_forked_process_goes_on_alone(name: str, backend: str, tmp_path: Path) -> None:
+    params: list[Any] = [p.cpu() for p in triton_params()]
+    optimizer = make(name, params, backend)
+    train(optimizer, params, range(2))
+
+    def go_on() -> Any:
+        train(optimizer, params, range(2, 4))
+        return {"params": params, "optimizer": optimizer.state_dict()}
+
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.save(go_on(), tmp_path / "child.pt")
+        finally:
+            os._exit(0)  # without pytest's own ending
+    os.waitpid(child, 0)
+    assert same(torch.load(tmp_path / "child.pt", weights_only=True), go_on())
