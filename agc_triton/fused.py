@@ -33,6 +33,7 @@ STRUCTURAL = ("unit_dim", "foreach", "fused", "differentiable", "capturable")
 
 _data_ptr = Tensor.data_ptr
 _stride = Tensor.stride
+_size = Tensor.size
 
 
 CLIP_ONLY = KernelRule("clip", lambda group: 0, lambda group: 0, lambda group: ())
@@ -154,7 +155,7 @@ class FusedStep:
         groups: Sequence[Mapping[str, Any]],
     ) -> bool:
         """Compare everything with the tables; False if this plan does not fit any more."""
-        if list(map(_stride, params)) != self._strides:
+        if list(map(_stride, params)) != self._strides or list(map(_size, params)) != self._shapes:
             return False
         for tensors, addresses in zip((params, *states), self._addresses, strict=True):
             if list(map(_data_ptr, tensors)) != addresses:

@@ -181,6 +181,17 @@ def test_parameters_are_transposed_and_nothing_else() -> None:
     training.step()
 
 
+def test_a_parameter_narrowed_where_it_is_leaves_the_rest_alone() -> None:
+    training = Training("SGD", [make_weight((4, 4)).float().to(DEVICE)], lr=0.5)
+    training.train()
+    (param,) = training.params
+    whole, before = param.data, param.detach().clone()
+    param.data = whole[:2]  # the same address and strides, and the gradient as it was
+    with pytest.raises(RuntimeError, match=r"4, 4.*2, 4"):
+        training.optimizer.step()
+    assert torch.equal(whole, before)
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_parameters_change_shape_where_they_are(name: str, view: str) -> None:
