@@ -155,6 +155,7 @@ class FusedStep:
         groups: Sequence[Mapping[str, Any]],
     ) -> bool:
         """Compare everything with the tables; False if this plan does not fit any more."""
+        self._copies = []  # an interrupted run leaves its own
         if list(map(_stride, params)) != self._strides or list(map(_size, params)) != self._shapes:
             return False
         for tensors, addresses in zip((params, *states), self._addresses, strict=True):

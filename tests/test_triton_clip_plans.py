@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agc_triton import adaptive_clip_grad_
+from agc_triton.kernels.launch import Launch
 from tests.triton_cases import (
     CLIPPING,
     DEVICE,
@@ -52,6 +53,27 @@ def test_clipping_alone_follows_gradients_and_parameters() -> None:
         assert p.grad is not None
         p.grad = unaligned(p.grad * 100.0)
     clip_and_check(params)
+
+
+def test_an_interrupted_clip_leaves_nothing_to_be_written_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    param = make_weight((3, 20)).float().to(DEVICE)
+    first = param.grad = make_grad((20, 3)).float().to(DEVICE).t()  # laid out unlike its parameter
+    before = first.clone()
+
+    def interrupted(_launch: Launch) -> None:
+        raise KeyboardInterrupt
+
+    adaptive_clip_grad_(param, 1e9, backend="triton")  # the plan is made
+    with monkeypatch.context() as patch:
+        patch.setattr(Launch, "fire", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adaptive_clip_grad_(param, CLIPPING, backend="triton")
+    first.fill_(7.0)
+    param.grad = before.contiguous()
+    clip_and_check([param])
+    assert (first == 7.0).all()
 
 
 def test_clipping_alone_forgets_parameters_that_are_gone() -> None:
