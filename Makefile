@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: bench coverage demo mutations test
+.PHONY: bench coverage demo mutations soak test
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ test: $(INSTALLED)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest
+
+# What takes minutes: thousands of steps.
+soak: $(INSTALLED)
+	$(PYTHON) -m pytest -m soak
 
 # Lines and branches that the tests do not reach; docs/coverage.md says why.
 coverage: $(INSTALLED)
