@@ -25,7 +25,7 @@ LAUNCH_ELEMENTS = 300_000
 
 # Chunks of p and g that fit in 64 registers a thread beside the update (benchmarks/kernel_report).
 MAX_CHUNKS = {2: 2, 4: 5, 8: 4}
-# The same with three states (amsgrad; centered with momentum).
+# The same with three states (amsgrad; centered with momentum); 16 warps of 3 spill for sm_90.
 MAX_CHUNKS_3_STATES = {2: 1, 4: 3, 8: 3}
 # Bytes per element, warps and chunks that spill all the same, and take twice the warps instead.
 SPILLING = {(4, 8, 4)}

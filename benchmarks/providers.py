@@ -154,7 +154,6 @@ def timm_adaptive_clip_grad() -> tuple[Clip, str]:
     return agc.adaptive_clip_grad, f"timm {timm.__version__}"
 
 
-@torch.no_grad()
 def adaptive_clip_grad(
     parameters: Iterable[Tensor], clip_factor: float = 0.01, eps: float = 1e-3
 ) -> None:
@@ -163,14 +162,7 @@ def adaptive_clip_grad(
     One unit per index of dimension 0, also for gains shaped (C, 1, 1, 1); writes to ``.grad``.
     Source: huggingface/pytorch-image-models, timm/utils/agc.py at commit 15d1dbc.
     """
-    for param in parameters:
-        grad = param.grad
-        if grad is None:
-            continue
-        max_norm = _norm(param).clamp_(min=eps).mul_(clip_factor)
-        grad_norm = _norm(grad)
-        clipped = grad * (max_norm / grad_norm.clamp(min=1e-6))
-        grad.copy_(torch.where(grad_norm < max_norm, grad, clipped))
+    _clip(parameters, _norm, clip_factor, eps)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -179,7 +171,6 @@ def _norm(x: Tensor) -> Tensor:
     return norm
 
 
-@torch.no_grad()
 def agc_optims_clip(
     parameters: Iterable[Tensor], clipping: float = 0.01, eps: float = 1e-3
 ) -> None:
@@ -189,19 +180,26 @@ def agc_optims_clip(
     and tensors of rank 2 and 3 are reduced over all dimensions but 0, as those of rank 4 are.
     Source: agc_optims 0.0.2 (PyPI), agc_optims/utils.py.
     """
-    for param in parameters:
-        grad = param.grad
-        if grad is None:
-            continue
-        max_norm = _root_of_squares(param).clamp_(min=eps).mul_(clipping)
-        grad_norm = _root_of_squares(grad)
-        clipped = grad * (max_norm / grad_norm.clamp(min=1e-6))
-        grad.copy_(torch.where(grad_norm < max_norm, grad, clipped))
+    _clip(parameters, _root_of_squares, clipping, eps)
 
 
 def _root_of_squares(x: Tensor) -> Tensor:
     dims = None if x.ndim <= 1 else tuple(range(1, x.ndim))
     return torch.sum(x**2, dim=dims, keepdim=dims is not None) ** 0.5
+
+
+@torch.no_grad()
+def _clip(
+    parameters: Iterable[Tensor], norm: Callable[[Tensor], Tensor], clipping: float, eps: float
+) -> None:
+    for param in parameters:
+        grad = param.grad
+        if grad is None:
+            continue
+        max_norm = norm(param).clamp_(min=eps).mul_(clipping)
+        grad_norm = norm(grad)
+        clipped = grad * (max_norm / grad_norm.clamp(min=1e-6))
+        grad.copy_(torch.where(grad_norm < max_norm, grad, clipped))
 
 
 def packaged_clips(compiled: bool) -> list[tuple[str, str, Clip]]:

@@ -27,7 +27,7 @@ ROUNDS = Rounds(warmup=3, timed=15)
 # What the other two are while one changes.
 ELEMENTS, TENSORS, UNIT_LENGTH = 10**7, 10, 10**3
 # Times the time per element of the reference row, up to which growth is called linear.
-LINEAR = 1.5
+LINEAR = 1.15
 
 
 class Case(NamedTuple):
