@@ -197,8 +197,6 @@ class FusedStep:
                 continue
             if grad.layout is not torch.strided or grad.shape != self._shapes[i]:
                 return False
-            if memory_order(params[i]) != self._orders[i]:
-                return False
             if memory_order(grad) != self._orders[i] or grad.is_conj() or grad.is_neg():
                 original, grad = grad, torch.empty_like(params[i]).copy_(grad)
                 self._copies.append((original, grad))
