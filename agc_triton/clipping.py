@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agc_triton import dispatch
 from agc_triton.norms import clip_factors, unit_norms
-from agc_triton.reference import clip_grad_
+from agc_triton.reference import clip_grads_
 from agc_triton.rule import Clip
 from agc_triton.units import norm_dims, resolve_unit_dim
 from agc_triton.validation import (
@@ -100,13 +100,15 @@ def clip_groups_(
         if not group["clipping"]:
             continue
         clip = Clip(*(group[key] for key in AGC_OPTIONS))
+        dense = []
         for param in params:
             if param.grad is None:
                 continue
             if param.grad.layout is torch.strided:
-                clip_grad_(param, param.grad, clip)
+                dense.append(param)
             else:
                 _clip_sparse_rows_(param, param.grad, clip)
+        clip_grads_(dense, clip)
 
 
 def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:

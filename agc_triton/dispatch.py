@@ -118,7 +118,8 @@ def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]
     Raises:
         RuntimeError: ``backend="triton"`` and one that they cannot take.
     """
-    if backend == "auto" and not any(param.is_cuda for param in group["params"]):
+    on_gpu = any(param.is_cuda for param in group["params"])
+    if backend == "torch" or (backend == "auto" and not on_gpu):
         return []
     taken = []
     for i, param in enumerate(group["params"]):

@@ -60,10 +60,13 @@ class SkippedUnits:
 class Kept:
     """A copy of the units to leave alone, of parameters and states that an update overwrites.
 
-    ``factors`` are NaN for these units, whose dimension is the last but one of ``tensors``.
+    ``factors`` are NaN for these units, whose dimension is the last but one of ``tensors``, or one
+    0-dim factor for tensors that are one unit.
     """
 
     def __init__(self, tensors: Sequence[Tensor], factors: Tensor) -> None:
+        if factors.dim() == 0:
+            tensors = [t.view(1, -1) for t in tensors]
         self._rows = factors.isnan().flatten().nonzero().flatten()
         self._tensors = tensors if len(self._rows) else ()
         self._values = [t.index_select(-2, self._rows) for t in self._tensors]

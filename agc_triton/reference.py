@@ -7,26 +7,17 @@ rule is written here: a `Rule` calls the functions that torch.optim itself calls
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from agc_triton.blocks import Piece, Walk, Walked, blocks, find_walk
 from agc_triton.nonfinite import Kept, update_others
-from agc_triton.norms import clip_factors, norm_dtype, unit_norms
+from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
-from agc_triton.units import UnitLayout, memory_order, norm_dims, unit_layout
-
-# Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
-# the ~10 torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
-BLOCK = 1 << 19
-
-# One-unit tensors up to this many elements (biases, gains) go through in one foreach batch.
-SMALL = 1 << 14
-
-# What a block boundary is rounded to, so that vectorized torch kernels meet no odd tails inside.
-ROW_MULTIPLE = 16
+from agc_triton.units import norm_dims
 
 
 def step(
@@ -40,35 +31,49 @@ def step(
 
     ``grad_scale`` (0-dim or one element) divides the gradients first, as torch.amp.GradScaler asks.
     """
-    in_blocks, batched, whole = _partition(lists, group, clip)
-    counted = [*in_blocks, *(i for indices in batched.values() for i in indices)]
-    if lists.steps and counted:
-        torch._foreach_add_([lists.steps[i] for i in counted], 1)
-    updates: dict[torch.dtype, Update] = {}
-    scratch = _Scratch()
-    for i, (order, layout) in in_blocks.items():
-        dtype = lists.params[i].dtype
-        if dtype not in updates:
-            updates[dtype] = _counted_update(rule, group, dtype)
-        one = lists.select([i])
-        _step_blocks(updates[dtype], one, clip, order, layout, scratch, grad_scale)
-    for dtype, indices in batched.items():
+    walks, whole = _partition(lists, group, clip)
+    if lists.steps and walks:
+        torch._foreach_add_([lists.steps[i] for i in walks], 1)
+    by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
+    for i in walks:
+        by_dtype[lists.params[i].dtype].append(i)
+    for dtype, indices in by_dtype.items():
         update = _counted_update(rule, group, dtype)
-        _step_batch(update, lists.select(indices), clip, grad_scale)
+        _step_blocks(update, lists, {i: walks[i] for i in indices}, clip, grad_scale)
     if whole:
         _step_whole(rule.update, lists.select(whole), group, clip, grad_scale)
 
 
-def clip_grad_(param: Tensor, grad: Tensor, clip: Clip) -> None:
-    """Scale a dense ``grad`` in place; a unit at or under its limit keeps its bits."""
-    order = memory_order(param) if _blockable(param, grad) else None
-    if order is None or memory_order(grad) != order:
-        grad.mul_(_tensor_factors(param, grad, clip))
-        return
-    layout = unit_layout(param.shape, order, clip.unit_dim)
-    views = [_memory_view(t, order, layout) for t in (param, grad)]
-    for (_, block), factors in _walk(views, clip, None):
-        block.mul_(factors)
+def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
+    """Scale dense gradients in place; a unit at or under its limit keeps its bits."""
+    by_dtype: defaultdict[torch.dtype, list[Walked]] = defaultdict(list)
+    for i, param in enumerate(params):
+        grad: Any = param.grad
+        walk = find_walk(param, [grad], clip.unit_dim)
+        if walk is None:
+            grad.mul_(_tensor_factors(param, grad, clip))
+        else:
+            by_dtype[param.dtype].append((i, walk, [walk.view(param), walk.view(grad)]))
+    for walked in by_dtype.values():
+        for block in blocks(walked, clip, None):
+            torch._foreach_mul_([piece.views[1] for piece in block], [p.factors for p in block])
+
+
+def _partition(
+    lists: TensorLists, group: Mapping[str, Any], clip: Clip
+) -> tuple[dict[int, Walk], list[int]]:
+    """Which parameters go in blocks, and which whole."""
+    walks: dict[int, Walk] = {}
+    whole: list[int] = []
+    whatever = group.get("foreach") or group.get("differentiable")
+    roles = [role for role in lists.states if role]
+    for i, param in enumerate(lists.params):
+        walk = None if whatever else find_walk(param, [role[i] for role in roles], clip.unit_dim)
+        if walk is None:
+            whole.append(i)
+        else:
+            walks[i] = walk
+    return walks, whole
 
 
 def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
@@ -87,165 +92,58 @@ def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) ->
     return uncounted
 
 
-def _blockable(*tensors: Tensor) -> bool:
-    """Whether plain CPU memory can be walked: no subclass, no lazy bits, something real in it."""
-    return all(
-        t.device.type == "cpu"
-        and type(t) in (Tensor, torch.nn.Parameter)
-        and t.numel() > 0
-        and not (t.is_complex() or t.is_neg())
-        for t in tensors
-    )
-
-
-def _partition(
-    lists: TensorLists, group: Mapping[str, Any], clip: Clip
-) -> tuple[dict[int, tuple[tuple[int, ...], UnitLayout]], dict[torch.dtype, list[int]], list[int]]:
-    """Which parameters go in blocks, in one foreach batch per dtype, or whole."""
-    in_blocks: dict[int, tuple[tuple[int, ...], UnitLayout]] = {}
-    batched: defaultdict[torch.dtype, list[int]] = defaultdict(list)
-    whole: list[int] = []
-    walk = not group.get("foreach") and not group.get("differentiable")
-    for i, param in enumerate(lists.params):
-        states = [state[i] for state in lists.states if state]
-        order = memory_order(param) if walk and _blockable(param, *states) else None
-        # A state loaded with other strides than its parameter's cannot be walked in step with it.
-        if order is None or not all(_alike(param, order, state) for state in states):
-            whole.append(i)
-            continue
-        layout = unit_layout(param.shape, order, clip.unit_dim)
-        if layout.units == 1 and layout.length <= SMALL and param.dtype == norm_dtype(param.dtype):
-            batched[param.dtype].append(i)
-        else:
-            in_blocks[i] = order, layout
-    return in_blocks, batched, whole
-
-
-def _alike(param: Tensor, order: tuple[int, ...], state: Tensor) -> bool:
-    return state.stride() == param.stride() or memory_order(state) == order
-
-
-def _memory_view(tensor: Tensor, order: tuple[int, ...], layout: UnitLayout) -> Tensor:
-    """The tensor in memory order: (units, inner), or (outer, units, inner) if there is an outer.
-
-    A view where its strides allow. Every call counts: between blocks that fill the caches even the
-    smallest takes about 10 microseconds.
-    """
-    if order != tuple(range(len(order))):
-        tensor = tensor.permute(order)
-    return tensor.reshape(layout if layout.outer > 1 else layout[1:])
-
-
-class _Scratch:
-    """Memory for one block's clipped gradient, used again for every block of a step."""
-
-    def __init__(self) -> None:
-        self._memory: dict[torch.dtype, Tensor] = {}
-        self._views: dict[tuple[torch.dtype, torch.Size], Tensor] = {}
-
-    def like(self, block: Tensor) -> Tensor:
-        """Uninitialized, contiguous, with the block's shape and dtype."""
-        dtype, shape = block.dtype, block.shape
-        view = self._views.get((dtype, shape))
-        if view is None:
-            memory = self._memory.get(dtype)
-            if memory is None or memory.numel() < block.numel():
-                self._views.clear()
-                memory = self._memory[dtype] = torch.empty(block.numel(), dtype=dtype)
-            view = self._views[dtype, shape] = memory[: block.numel()].view(shape)
-        return view
-
-
-def _walk(
-    views: list[Tensor], clip: Clip, grad_scale: Tensor | None
-) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Blocks contiguous in memory of p, g and whatever lies alike, each with its units' factors.
-
-    ``views`` are what `_memory_view` makes of them.
-    """
-    *outer, units, inner = views[0].shape
-    if outer:
-        factors = _block_factors(views[0], views[1], (0, 2), clip, grad_scale)
-        for block in _split(views, BLOCK // (units * inner), 0):
-            yield block, factors
-        return
-    rows = BLOCK // inner
-    if ROW_MULTIPLE < rows < units:
-        rows -= rows % ROW_MULTIPLE
-    for part in _split(views, rows, 0):
-        factors = _block_factors(part[0], part[1], (1,), clip, grad_scale)
-        for block in _split(part, BLOCK, 1):
-            yield block, factors
-
-
-def _split(tensors: Sequence[Tensor], size: int, dim: int) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors themselves where they are small enough, else parts of ``size`` >= 1 of each."""
-    if tensors[0].shape[dim] <= max(1, size):
-        return [tuple(tensors)]
-    return zip(*(torch.split(t, max(1, size), dim) for t in tensors), strict=True)
-
-
-def _block_factors(
-    p: Tensor, g: Tensor, dims: tuple[int, ...], clip: Clip, grad_scale: Tensor | None
-) -> Tensor:
-    """Factors of a block's units, which broadcast against it."""
-    p_norm = unit_norms(p, dims)
-    if grad_scale is None:
-        return clip_factors(p_norm, unit_norms(g, dims), clip)
-    if clip.skipped is None:
-        g_norm = unit_norms(g, dims) / grad_scale
-    else:  # the squares of what is unscaled decide, as in the kernels
-        g_norm = unit_norms(g.to(norm_dtype(g.dtype)) / grad_scale, dims)
-    return clip_factors(p_norm, g_norm, clip) / grad_scale
-
-
 def _step_blocks(
     update: Update,
     lists: TensorLists,
+    walks: Mapping[int, Walk],
     clip: Clip,
-    order: tuple[int, ...],
-    layout: UnitLayout,
-    scratch: _Scratch,
     grad_scale: Tensor | None,
 ) -> None:
-    """One parameter, block after block: norms, scaled gradient into scratch, torch's update."""
-    tensors = [*lists.params, *lists.grads, *(t for state in lists.states for t in state)]
-    views = [_memory_view(t, order, layout) for t in tensors]
-    for (p, g, *states), factors in _walk(views, clip, grad_scale):
-        out = scratch.like(p)
-        torch.mul(g, factors, out=out)
+    """Tensors of one dtype, block after block: norms, scaled gradients, torch's update."""
+    roles = [role for role in lists.states if role]
+    walked = (
+        (i, walk, [walk.view(t) for t in (lists.params[i], lists.grads[i], *(r[i] for r in roles))])
+        for i, walk in walks.items()
+    )
+    scratch = _Scratch()
+    for block in blocks(walked, clip, grad_scale):
+        grads = scratch.clipped(block)
+        params, _, *states = map(list, zip(*(piece.views for piece in block), strict=True))
         left = iter(states)
-        roles = tuple([next(left) for _ in state] for state in lists.states)
-        kept = None if clip.skipped is None else Kept((p, *states), factors)
-        update(TensorLists([p], [out], roles, lists.steps))
-        if kept is not None:
-            kept.restore()
+        by_role = tuple(next(left) if role else [] for role in lists.states)
+        steps = [lists.steps[piece.member] for piece in block] if lists.steps else []
+        kept = []
+        if clip.skipped is not None:
+            kept = [Kept((piece.views[0], *piece.views[2:]), piece.factors) for piece in block]
+        update(TensorLists(params, grads, by_role, steps))
+        for units in kept:
+            units.restore()
 
 
-def _step_batch(
-    update: Update,
-    lists: TensorLists,
-    clip: Clip,
-    grad_scale: Tensor | None,
-) -> None:
-    """Many small tensors of one real dtype, each a single unit, with one call per operation."""
-    if clip.skipped is not None and grad_scale is not None:
-        lists, grad_scale = lists._replace(grads=[g / grad_scale for g in lists.grads]), None
-    p_norms = torch.stack(torch._foreach_norm(lists.params))
-    g_norms = torch.stack(torch._foreach_norm(lists.grads))
-    if grad_scale is None:
-        factors = clip_factors(p_norms, g_norms, clip)
-    else:
-        factors = clip_factors(p_norms, g_norms / grad_scale, clip) / grad_scale
-    if clip.skipped is not None:
-        finite = (~factors.isnan()).nonzero().flatten()
-        lists, factors = lists.select(finite.tolist()), factors[finite]
-        if not lists.params:
-            return
-    # A clone keeps the parameter's memory order, which is how fused kernels walk the gradient.
-    grads = [torch.empty_like(p).copy_(g) for p, g in zip(lists.params, lists.grads, strict=True)]
-    torch._foreach_mul_(grads, factors.unbind())
-    update(lists._replace(grads=grads))
+class _Scratch:
+    """Memory for a large piece's clipped gradient, used again for every block of a step."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self._views: dict[torch.Size, Tensor] = {}
+
+    def clipped(self, block: list[Piece]) -> list[Tensor]:
+        """The block's gradients times their factors, contiguous."""
+        if len(block) > 1:
+            grads = [piece.views[1].contiguous() for piece in block]
+            return list(torch._foreach_mul(grads, [piece.factors for piece in block]))
+        ((_, (_, grad, *_), factors),) = block
+        return [torch.mul(grad, factors, out=self._like(grad))]
+
+    def _like(self, block: Tensor) -> Tensor:
+        shape = block.shape
+        view = self._views.get(shape)
+        if view is None:
+            if self._memory is None or self._memory.numel() < block.numel():
+                self._views.clear()
+                self._memory = torch.empty(block.numel(), dtype=block.dtype)
+            view = self._views[shape] = self._memory[: block.numel()].view(shape)
+        return view
 
 
 def _step_whole(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agc_triton import reference
+from agc_triton import blocks
 from benchmarks import shapes, torch_path
 from benchmarks.providers import (
     OPTIMIZERS,
@@ -274,17 +274,17 @@ def test_sweep_writes_one_row_per_block_size(
     torch_path.main(["--sweep", "--quick", "--optimizers", "adamw", "--out", str(out)])
     table = pd.read_csv(out)
     assert list(table.columns) == [*COLUMNS, "block"]
-    assert list(table["block"].dropna()) == [2**n for n in range(15, 22)]
-    assert f"reference.py has {reference.BLOCK}" in capsys.readouterr().out
+    assert list(table["block"].dropna()) == torch_path.BLOCKS
+    assert f"blocks.py has {blocks.BLOCK}" in capsys.readouterr().out
 
 
 def test_block_size_holds_during_the_step_only() -> None:
     seen: list[int] = []
 
     def build(_: list[Tensor]) -> Callable[[], object]:
-        return lambda: seen.append(reference.BLOCK)
+        return lambda: seen.append(blocks.BLOCK)
 
-    before = reference.BLOCK
+    before = blocks.BLOCK
     provider = Provider("agc_triton", "", "ours", True, build)
     torch_path.with_block(provider, 2 * before).build([])()
-    assert [*seen, reference.BLOCK] == [2 * before, before]
+    assert [*seen, blocks.BLOCK] == [2 * before, before]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from agc_triton import reference
+from agc_triton import blocks
 from tests.cases import (
     MODES,
     NAMES,
@@ -158,8 +158,8 @@ def test_units_along_another_dimension_and_in_another_memory_order(name: str, ba
 
 @every_name
 def test_blocks_that_cut_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK", 16)
-    monkeypatch.setattr(reference, "SMALL", 0)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "SMALL", 0)
     params = [randn((3, 50)), randn((40,)), in_order(randn((5, 3, 4)), (1, 0, 2)), randn((9, 4))]
     steps: list[list[Spoil]] = [
         [(0, (1, 49), NAN), (1, (20,), INF), (2, (4, 2, 3), NAN), (3, (8, 0), NAN)],
