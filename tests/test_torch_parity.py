@@ -11,7 +11,7 @@ import torch
 from torch.testing._internal.common_optimizers import optim_db
 
 import agc_triton
-import agc_triton.reference
+import agc_triton.blocks
 from tests.cases import MODES, NAMES, STATEFUL, STATEFUL_CASES, make_grad
 from tests.helpers import make_params, same
 
@@ -116,8 +116,8 @@ def test_other_dtypes(name: str, mode: str, dtype: torch.dtype) -> None:
 def test_blocks_do_not_change_a_bit(
     monkeypatch: pytest.MonkeyPatch, name: str, mode: str, block: int
 ) -> None:
-    monkeypatch.setattr(agc_triton.reference, "BLOCK", block)
-    monkeypatch.setattr(agc_triton.reference, "SMALL", 0)
+    monkeypatch.setattr(agc_triton.blocks, "BLOCK", block)
+    monkeypatch.setattr(agc_triton.blocks, "SMALL", 0)
     shapes = ((20, 16), (5, 64), (48, 5), (400,))
     assert_same_run(name, {**STATEFUL[name], **MODES[mode]}, UNREACHED, shapes=shapes)
 
@@ -127,6 +127,6 @@ def test_blocks_do_not_change_a_bit(
 def test_odd_blocks_do_not_change_a_bit_of_the_for_loop(
     monkeypatch: pytest.MonkeyPatch, name: str, block: int
 ) -> None:
-    monkeypatch.setattr(agc_triton.reference, "BLOCK", block)
-    monkeypatch.setattr(agc_triton.reference, "SMALL", 0)
+    monkeypatch.setattr(agc_triton.blocks, "BLOCK", block)
+    monkeypatch.setattr(agc_triton.blocks, "SMALL", 0)
     assert_same_run(name, {**STATEFUL[name], "fused": False}, UNREACHED)
