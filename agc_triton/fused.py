@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from agc_triton.buckets import TensorUnits, plan_buckets
+from agc_triton.gradients import Gradients
+from agc_triton.layouts import Layouts
 from agc_triton.rule import KernelRule
 from agc_triton.units import UnitLayout, memory_order, unit_layout
 from agc_triton.validation import check_options
@@ -30,11 +32,6 @@ RULE_VALUES = 8
 
 # A change of one of these asks for another plan, not for another value in the tables.
 STRUCTURAL = ("unit_dim", "foreach", "fused", "differentiable", "capturable")
-
-_data_ptr = Tensor.data_ptr
-_stride = Tensor.stride
-_size = Tensor.size
-
 
 CLIP_ONLY = KernelRule("clip", lambda group: 0, lambda group: 0, lambda group: ())
 
@@ -114,39 +111,27 @@ class FusedStep:
         self.counted: list[int] = []
         real = self.dtype.to_real()
         n_states = len(members[0].states)
-        self._strides = list(map(_stride, params))
-        self._shapes = [p.shape for p in params]
-        self._orders = [memory_order(p) for p in params]
+        self._params, self._grads = Layouts(params), Gradients(params)
         roles = [params, *([m.states[s] for m in members] for s in range(n_states))]
-        addresses = [list(map(_data_ptr, tensors)) for tensors in roles]
+        addresses = [list(map(Tensor.data_ptr, tensors)) for tensors in roles]
         self._addresses = addresses
         grads = [0 if p.grad is None else p.grad.data_ptr() for p in params]
-        self._aligned = [
-            all(address % ALIGNMENT == 0 for address in of_tensor)
-            for of_tensor in zip(grads, *addresses, strict=True)
-        ]
+        table = np.array([grads, *addresses], np.int64)
+        self._aligned = np.all(table % ALIGNMENT == 0, axis=0)
         units = [
-            TensorUnits(self._layout(i, m.param, groups[m.group]), self._aligned[i], m.group)
-            for i, m in enumerate(members)
+            TensorUnits(_layout(m.param, groups[m.group]), aligned, m.group)
+            for m, aligned in zip(members, self._aligned.tolist(), strict=True)
         ]
         self.plan = plan_buckets(units, real.itemsize, n_states)
         self.tables = Tables(2 + n_states, len(groups), counts)
         for role, of_role in zip((0, *range(2, 2 + n_states)), addresses, strict=True):
             self.tables.host_addresses[role] = of_role
         self.launcher = launcher(self.plan, self.tables, rule.name, self.flags, real)
-        self._grads: list[int] = []
-        # Gradients laid out unlike their parameter, and the copies that stand in for them.
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._grad_addresses: list[int] = []
         self._groups: dict[int, dict[str, Any]] = {m.group: {} for m in members}
         self._tensors = dict.fromkeys(self._groups, False)
         self._structure = {g: _structure(groups[g]) for g in self._groups}
         self._changed = True
-
-    def _layout(self, i: int, param: Tensor, group: Mapping[str, Any]) -> UnitLayout:
-        order = self._orders[i]
-        assert order is not None  # only dense parameters become members
-        layout = unit_layout(param.shape, order, group["unit_dim"])
-        return layout._replace(inner=2 * layout.inner) if param.is_complex() else layout
 
     def refresh(
         self,
@@ -155,11 +140,10 @@ class FusedStep:
         groups: Sequence[Mapping[str, Any]],
     ) -> bool:
         """Compare everything with the tables; False if this plan does not fit any more."""
-        self._copies = []  # an interrupted run leaves its own
-        if list(map(_stride, params)) != self._strides or list(map(_size, params)) != self._shapes:
+        if not self._params.fit(params):
             return False
         for tensors, addresses in zip((params, *states), self._addresses, strict=True):
-            if list(map(_data_ptr, tensors)) != addresses:
+            if list(map(Tensor.data_ptr, tensors)) != addresses:
                 return False
         if not self._refresh_grads(params):
             return False
@@ -173,47 +157,20 @@ class FusedStep:
             self._changed = False
         self.launcher.fire(grad_scale, found_inf)
         if self.rule is CLIP_ONLY:
-            for original, copy in self._copies:
-                original.copy_(copy)
-        self._copies = []
+            self._grads.write_back()
+        self._grads.drop_copies()
 
     def _refresh_grads(self, params: list[Tensor]) -> bool:
-        grads: list[Any] = [p.grad for p in params]
-        try:
-            addresses = list(map(_data_ptr, grads))
-            same_layout = list(map(_stride, grads)) == self._strides
-        except (TypeError, RuntimeError):  # None, or sparse
-            return self._refresh_each_grad(params, grads)
-        if not same_layout or self.dtype.is_complex:
-            return self._refresh_each_grad(params, grads)
-        return addresses == self._grads or self._new_grads(addresses, grads)
-
-    def _refresh_each_grad(self, params: list[Tensor], grads: list[Any]) -> bool:
-        """Gradients of which some are None or laid out unlike their parameter: those are copied."""
-        addresses = []
-        for i, grad in enumerate(grads):
-            if grad is None:
-                addresses.append(0)
-                continue
-            if grad.layout is not torch.strided or grad.shape != self._shapes[i]:
-                return False
-            if memory_order(grad) != self._orders[i] or grad.is_conj() or grad.is_neg():
-                original, grad = grad, torch.empty_like(params[i]).copy_(grad)
-                self._copies.append((original, grad))
-                grads[i] = grad
-            addresses.append(grad.data_ptr())
-        return addresses == self._grads or self._new_grads(addresses, grads)
-
-    def _new_grads(self, addresses: list[int], grads: list[Any]) -> bool:
-        for grad, shape in zip(grads, self._shapes, strict=True):
-            if grad is not None and (grad.dtype != self.dtype or grad.shape != shape):
-                return False
-        if any(
-            a % ALIGNMENT and aligned for a, aligned in zip(addresses, self._aligned, strict=True)
-        ):
+        addresses = self._grads.read(params)
+        if addresses is None:
             return False
-        self.tables.host_addresses[1] = addresses
-        self._grads = addresses
+        if addresses == self._grad_addresses:
+            return True
+        table = np.array(addresses, np.int64)
+        if (table[self._aligned] % ALIGNMENT).any():
+            return False
+        self.tables.host_addresses[1] = table
+        self._grad_addresses = addresses
         self._changed = True
         return True
 
@@ -248,6 +205,13 @@ class FusedStep:
         self._tensors[index] = any(map(_holds_tensor, options.values()))
         self._changed = True
         return True
+
+
+def _layout(param: Tensor, group: Mapping[str, Any]) -> UnitLayout:
+    order = memory_order(param)
+    assert order is not None  # only dense parameters become members
+    layout = unit_layout(param.shape, order, group["unit_dim"])
+    return layout._replace(inner=2 * layout.inner) if param.is_complex() else layout
 
 
 def _structure(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -156,7 +156,7 @@ class OptimizerPlan:
             if list(map(Tensor.data_ptr, counts)) != step.counted:
                 return False
             for key, tensors in states:
-                if not _same_tensors([e.get(key) for e in entries], tensors, single):
+                if not _same_tensors(entries, key, tensors, single):
                     return False
             if not step.refresh(params, [tensors for _, tensors in states], groups):
                 return False
@@ -209,15 +209,18 @@ class ClipPlan:
             step.run(None, None, False)
 
 
-def _same_tensors(now: list[Any], before: list[Tensor], single: list[int]) -> bool:
-    """Whether two lists hold the same tensors; ``single`` are the indices of one-element ones.
+def _same_tensors(
+    entries: list[dict[str, Any]], key: str, before: list[Tensor], single: list[int]
+) -> bool:
+    """Whether entries hold the same tensors; ``single`` are the indices of one-element ones.
 
     List equality stops at identity where it can, several times faster than asking each for it. For
     other tensors it raises, but for those of one element, whose values it would compare.
     """
     try:
+        now = list(map(itemgetter(key), entries))
         return now == before and all(now[i] is before[i] for i in single)
-    except RuntimeError:
+    except (KeyError, RuntimeError):
         return False
 
 
