@@ -21,19 +21,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# CPU tensors are taken by the Triton path only where kernels would be interpreted.
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+if __name__ == "__main__":
+    # CPU tensors are taken by the Triton path only where kernels would be interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-import pandas as pd  # after the line above
-import torch  # likewise
-from torch.nn import Parameter  # likewise
-from torch.optim import AdamW, Optimizer  # likewise
-from tqdm import tqdm  # likewise
+import pandas as pd
+import torch
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
 
-from agc_triton import AdamW_AGC  # likewise
-from agc_triton.kernels.launch import Launch  # likewise
-from benchmarks import plots  # likewise
-from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version  # likewise
+from agc_triton import AdamW_AGC
+from agc_triton.kernels.launch import Launch
+from benchmarks import plots
+from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version
 
 OURS, THEIRS = "AdamW_AGC triton", "torch AdamW fused"
 KINDS = ("steady", "changing")
