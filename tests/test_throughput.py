@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.profiler import DeviceType
 
 from agc_triton import AdamW_AGC, unitwise_norm
-from benchmarks import counters, memory, readme_table, shapes, throughput
+from benchmarks import counters, memory, readme_table, rotation, shapes, throughput
 from benchmarks.counters import count_launches, launched
 from benchmarks.providers import OPTIMIZERS, copy_provider, minimal_bytes, providers
 from benchmarks.runner import COLUMNS, Rounds, measure
@@ -346,10 +346,12 @@ def test_readme_tables_come_from_throughput_alone(
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_measured_on_a_gpu() -> None:
+def test_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "MAX_SETS", 3)
     workload = shapes.on_device(shapes.random_workload("tiny"), torch.device("cuda"))
     compared = [p for p in providers("adamw", "cuda") if p.quick]
     rows = measure("adamw", [*compared, copy_provider("adamw")], workload, Rounds(1, 2))
     assert rows["launches"].notna().all()
+    assert set(rows["sets"]) == {3}
     assert (rows["median_ms"] > 0).all()
     assert set(rows["device"]) == {torch.cuda.get_device_name()}
