@@ -8,6 +8,7 @@ python -m benchmarks.throughput --resume     goes on where a run was ended
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         if workload is not None and not is_of(workload, group):
             workload = None  # frees its memory first
+        gc.collect()  # a process' first steps leave cycles that hold parameters
         if reason := why_not(needed(group, compared, workload), device):
             tqdm.write(f"{' '.join(group)} is left out: {reason}")
             continue
