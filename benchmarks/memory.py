@@ -31,7 +31,8 @@ def why_not(needed: float, device: torch.device) -> str | None:
     free = free_bytes(device)
     if needed <= USABLE * free:
         return None
-    return f"it needs {needed / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free"
+    gib = 1 << 30
+    return f"it needs {needed / gib:.1f} GiB, over {USABLE:.0%} of the {free / gib:.1f} GiB free"
 
 
 def bytes_needed(

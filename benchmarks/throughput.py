@@ -29,7 +29,7 @@ MODEL = "dm_nfnet_f0"
 THREADS = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHOWN = [
-    *("optimizer", "dtype", "implementation", "median_ms", "p20_ms", "p80_ms", "gb_per_s"),
+    *("model", "optimizer", "dtype", "implementation", "median_ms", "p20_ms", "p80_ms", "gb_per_s"),
     *("share_of_copy_bandwidth", "ratio_to_unclipped", "ratio_to_best_peer", "launches"),
 ]
 

@@ -67,7 +67,7 @@ def test_a_gpu_has_what_is_free_and_what_torch_keeps(monkeypatch: pytest.MonkeyP
 
 def test_a_reason_is_given_where_memory_is_short() -> None:
     assert why_not(9 * GIB, CPU) is None
-    assert why_not(9.5 * GIB, CPU) == "it needs 9.5 GiB of the 10.0 GiB that are free"
+    assert why_not(9.5 * GIB, CPU) == "it needs 9.5 GiB, over 90% of the 10.0 GiB free"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
