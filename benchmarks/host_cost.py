@@ -127,28 +127,33 @@ def time_in_turns(
 
 
 def growth(table: pd.DataFrame) -> list[str]:
-    """Whether ours costs more per tensor, or per group, than a step with fewer of them."""
+    """Whether a step costs more per tensor, or per group, than one with fewer of them.
+
+    Tensors that the caches no longer hold cost either implementation more: torch's lines tell.
+    """
+    fixed = {"tensors": table["groups"] == 1, "groups": table["tensors"] == grouped(table)}
     lines = []
-    ours = table[table["implementation"] == OURS]
-    fixed = {"tensors": ours["groups"] == 1, "groups": ours["tensors"] == grouped(table)}
     for (axis, rows), kind, caches in product(fixed.items(), KINDS, BLOCKS):
-        line = ours[rows & (ours["kind"] == kind) & (ours["caches"] == caches)].sort_values(axis)
-        each = line["median_us"] / line[axis]
-        ratios = (each / each.cummin().shift()).tolist()
-        counts = line[axis].tolist()
-        beyond = [
-            f"{ratio:.2f} times at {count:,}"
-            for count, ratio in zip(counts, ratios, strict=True)
-            if ratio > LINEAR
-        ]
-        said = (
-            f"over {LINEAR:g} times what fewer cost each: {', '.join(beyond)}"
-            if beyond
-            else "nothing grows faster than linearly"
-        )
-        each_at = f"{each.iloc[-1]:.3g} us per {axis.removesuffix('s')} at {counts[-1]:,}"
-        lines.append(f"{axis}, {kind}, {caches} caches: {each_at}; {said}")
+        for name in (OURS, THEIRS):
+            of_name = rows & (table["implementation"] == name)
+            line = table[of_name & (table["kind"] == kind) & (table["caches"] == caches)]
+            lines.append(f"{axis}, {kind}, {caches} caches, {name}: {verdict(line, axis)}")
     return lines
+
+
+def verdict(line: pd.DataFrame, axis: str) -> str:
+    """The cost of each along an axis at its end, and where it is beyond what fewer cost each."""
+    line = line.sort_values(axis)
+    each = line["median_us"] / line[axis]
+    counts, ratios = line[axis].tolist(), (each / each.cummin().shift()).tolist()
+    beyond = [
+        f"{ratio:.2f} times at {count:,}"
+        for count, ratio in zip(counts, ratios, strict=True)
+        if ratio > LINEAR
+    ]
+    said = f"over {LINEAR:g} times what fewer cost each: {', '.join(beyond)}"
+    last = f"{each.iloc[-1]:.3g} us per {axis.removesuffix('s')} at {counts[-1]:,}"
+    return f"{last}; {said if beyond else 'grows no faster than linearly'}"
 
 
 def grouped(table: pd.DataFrame) -> int:
