@@ -25,14 +25,16 @@ LAUNCH_ELEMENTS = 300_000
 
 # Chunks of p and g that fit in 64 registers a thread beside the update (benchmarks/kernel_report).
 MAX_CHUNKS = {2: 2, 4: 5, 8: 4}
-# The same with three states (amsgrad; centered with momentum); 16 warps of 3 spill for sm_90.
+# The same with three states (amsgrad; centered with momentum).
 MAX_CHUNKS_3_STATES = {2: 1, 4: 3, 8: 3}
 # Bytes per element, warps and chunks that spill all the same, and take twice the warps instead.
 SPILLING = {(4, 8, 4)}
+SPILLING_3_STATES = {(4, 16, 3)}
 
 MAX_WARPS = 32
 SPLIT_WARPS = 16
-SPLIT_CHUNKS = 4
+# By bytes per element: 4 chunks of 16-bit elements spill up to 176 bytes.
+SPLIT_CHUNKS = {2: 2, 4: 4, 8: 4}
 
 # A long unit is summed in at most this many parts, which one block of every tile adds up again.
 MAX_PARTS = 1024
@@ -163,11 +165,14 @@ def ideal_shape(tensor: TensorUnits, itemsize: int, states: int) -> TileShape:
     if length <= 32 * wide:
         columns = 1 << max(length - 1, wide - 1).bit_length()
         return TileShape(128 * wide // columns, columns, 1, 4, vector, strided, False)
-    max_chunks = (MAX_CHUNKS_3_STATES if states > 2 else MAX_CHUNKS)[itemsize]
+    if states > 2:
+        max_chunks, spilling = MAX_CHUNKS_3_STATES[itemsize], SPILLING_3_STATES
+    else:
+        max_chunks, spilling = MAX_CHUNKS[itemsize], SPILLING
     warps = 1
     while warps <= MAX_WARPS:
         chunks = -(-length // (32 * wide * warps))
-        if chunks <= max_chunks and (itemsize, warps, chunks) not in SPILLING:
+        if chunks <= max_chunks and (itemsize, warps, chunks) not in spilling:
             return TileShape(1, 32 * wide * warps, chunks, warps, vector, strided, False)
         warps *= 2
     return _split_shape(itemsize, aligned, strided)
@@ -175,8 +180,8 @@ def ideal_shape(tensor: TensorUnits, itemsize: int, states: int) -> TileShape:
 
 def _split_shape(itemsize: int, aligned: bool, strided: bool) -> TileShape:
     wide = 16 // itemsize
-    columns = 32 * wide * SPLIT_WARPS
-    return TileShape(1, columns, SPLIT_CHUNKS, SPLIT_WARPS, wide if aligned else 1, strided, True)
+    columns, chunks = 32 * wide * SPLIT_WARPS, SPLIT_CHUNKS[itemsize]
+    return TileShape(1, columns, chunks, SPLIT_WARPS, wide if aligned else 1, strided, True)
 
 
 def _hosts(host: TileShape, shape: TileShape) -> bool:

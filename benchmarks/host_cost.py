@@ -1,40 +1,58 @@
 """Python's part of a step: `AdamW_AGC` on the Triton path beside torch's fused AdamW, no launches.
 
-    python -m benchmarks.host_cost [--rounds 200] [--plot] [--out out/host_cost.csv]
+    python -m benchmarks.host_cost [--quick] [--calls 200] [--plot] [--out out/host_cost.csv]
 
-Both run on CPU tensors with their launches replaced by functions that do nothing, in turns in one
-process. ``steady`` steps find everything as it was; before a ``changing`` step the learning rate
-has moved and every gradient is a new tensor, as in training with zero_grad(set_to_none=True).
+Both run on CPU tensors with their launches replaced by functions that do nothing, in one process.
+``steady`` steps find everything as it was; before a ``changing`` step the learning rate has moved
+and every gradient is a new tensor, as in training with zero_grad(set_to_none=True). With ``cold``
+caches the two take turns call by call and each meets what the other left; with ``warm`` ones each
+makes a block of calls in a row, as microbenchmarks do. Training lies between the two.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# CPU tensors are taken by the Triton path only where kernels would be interpreted.
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+if __name__ == "__main__":
+    # CPU tensors are taken by the Triton path only where kernels would be interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-import pandas as pd  # after the line above
-import torch  # likewise
-from torch.nn import Parameter  # likewise
-from torch.optim import AdamW, Optimizer  # likewise
-from tqdm import tqdm  # likewise
+import pandas as pd
+import torch
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
 
-from agc_triton import AdamW_AGC  # likewise
-from agc_triton.kernels.launch import Launch  # likewise
-from benchmarks import plots  # likewise
-from benchmarks.runner import cpu_name  # likewise
+from agc_triton import AdamW_AGC
+from agc_triton.kernels.launch import Launch
+from benchmarks import plots
+from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version
+
+OURS, THEIRS = "AdamW_AGC triton", "torch AdamW fused"
+KINDS = ("steady", "changing")
+# Consecutive calls of one implementation, by what they do to the caches.
+BLOCKS = {"warm": 20, "cold": 1}
+WARM_UP = 3
 
 TENSORS = (30, 100, 233, 600, 1457, 3000)
 GROUPS = (1, 10, 50, 100, 300)
+GROUPED = 600  # tensors, dealt out to these groups
+# Times the cost per tensor or group of any smaller case, up to which growth is called linear.
+LINEAR = 1.15
+
+COLUMNS = [
+    *("implementation", "tensors", "groups", "kind", "caches", "median_us", "p20_us", "p80_us"),
+    *("us_per_tensor", "times_cheaper_than_torch", "device", "calls"),
+    *("torch", "triton", "timestamp"),
+]
 
 
 def nothing(*_args: Any, **_kwargs: Any) -> None:
@@ -69,52 +87,117 @@ def change(optimizer: Optimizer, i: int) -> None:
             p.grad = torch.empty_like(p)
 
 
-def measure(tensors: int, groups: int, rounds: int) -> list[dict[str, Any]]:
-    """Rows for both implementations, steady and changing."""
+def measure(tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
+    """Rows for both implementations: steady and changing, with warm and cold caches."""
     optimizers = {
-        "AdamW_AGC triton": build(AdamW_AGC, tensors, groups, backend="triton"),
-        "torch AdamW fused": build(AdamW, tensors, groups, fused=True),
+        OURS: build(AdamW_AGC, tensors, groups, backend="triton"),
+        THEIRS: build(AdamW, tensors, groups, fused=True),
     }
     rows = []
-    for kind in ("steady", "changing"):
-        times: dict[str, list[float]] = {name: [] for name in optimizers}
-        for i in range(-3, rounds):
-            for name, optimizer in optimizers.items():
-                if kind == "changing":
-                    change(optimizer, i + 3)
-                start = time.perf_counter()
-                optimizer.step()
-                if i >= 0:
-                    times[name].append((time.perf_counter() - start) * 1e6)
-        theirs = statistics.median(times["torch AdamW fused"])
-        for name, values in times.items():
-            median = statistics.median(values)
-            row = {"implementation": name, "tensors": tensors, "groups": groups, "kind": kind}
-            per_tensor = {"median_us": median, "us_per_tensor": median / tensors}
-            rows.append({**row, **per_tensor, "times_cheaper_than_torch": theirs / median})
+    for kind, caches in product(KINDS, BLOCKS):
+        times = time_in_turns(optimizers, kind, BLOCKS[caches], calls)
+        medians = {name: quantiles(values, "us") for name, values in times.items()}
+        for name, found in medians.items():
+            median = found["median_us"]
+            rows.append(
+                {
+                    **{"implementation": name, "tensors": tensors, "groups": groups},
+                    **{"kind": kind, "caches": caches, **found},
+                    "us_per_tensor": median / tensors,
+                    "times_cheaper_than_torch": medians[THEIRS]["median_us"] / median,
+                }
+            )
     return rows
 
 
-def main() -> None:
+def time_in_turns(
+    optimizers: dict[str, Optimizer], kind: str, block: int, calls: int
+) -> dict[str, list[float]]:
+    """Microseconds of at least so many calls of each, in blocks that take turns."""
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    while min(map(len, times.values())) < calls + WARM_UP:
+        for name, optimizer in optimizers.items():
+            for _ in range(block):
+                if kind == "changing":
+                    change(optimizer, len(times[name]))
+                start = time.perf_counter()
+                optimizer.step()
+                times[name].append(1e6 * (time.perf_counter() - start))
+    return {name: values[WARM_UP:] for name, values in times.items()}
+
+
+def growth(table: pd.DataFrame) -> list[str]:
+    """Whether a step costs more per tensor, or per group, than one with fewer of them.
+
+    Tensors that the caches no longer hold cost either implementation more: torch's lines tell.
+    """
+    fixed = {"tensors": table["groups"] == 1, "groups": table["tensors"] == grouped(table)}
+    lines = []
+    for (axis, rows), kind, caches in product(fixed.items(), KINDS, BLOCKS):
+        for name in (OURS, THEIRS):
+            of_name = rows & (table["implementation"] == name)
+            line = table[of_name & (table["kind"] == kind) & (table["caches"] == caches)]
+            lines.append(f"{axis}, {kind}, {caches} caches, {name}: {verdict(line, axis)}")
+    return lines
+
+
+def verdict(line: pd.DataFrame, axis: str) -> str:
+    """The cost of each along an axis at its end, and where it is beyond what fewer cost each."""
+    line = line.sort_values(axis)
+    each = line["median_us"] / line[axis]
+    counts, ratios = line[axis].tolist(), (each / each.cummin().shift()).tolist()
+    beyond = [
+        f"{ratio:.2f} times at {count:,}"
+        for count, ratio in zip(counts, ratios, strict=True)
+        if ratio > LINEAR
+    ]
+    said = f"over {LINEAR:g} times what fewer cost each: {', '.join(beyond)}"
+    last = f"{each.iloc[-1]:.3g} us per {axis.removesuffix('s')} at {counts[-1]:,}"
+    return f"{last}; {said if beyond else 'grows no faster than linearly'}"
+
+
+def grouped(table: pd.DataFrame) -> int:
+    """The number of tensors that the cases with several groups have."""
+    return int(table.sort_values("groups")["tensors"].iloc[-1])
+
+
+def cases(quick: bool) -> list[tuple[int, int]]:
+    """Tensors and groups."""
+    if quick:
+        return [(30, 1), (60, 1), (60, 10)]
+    return [(n, 1) for n in TENSORS] + [(GROUPED, groups) for groups in GROUPS[1:]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure over numbers of tensors and of groups; print and write every row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=200)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.host_cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--calls", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="three small cases")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/host_cost.csv"))
-    args = parser.parse_args()
-    cases = [(n, 1) for n in TENSORS] + [(600, groups) for groups in GROUPS[1:]]
+    args = parser.parse_args(argv)
     with no_launches():
         rows = [
             row
-            for tensors, groups in tqdm(cases, desc="host cost", disable=None)
-            for row in measure(tensors, groups, args.rounds)
+            for tensors, groups in tqdm(cases(args.quick), desc="host cost", disable=None)
+            for row in measure(tensors, groups, args.calls)
         ]
     table = pd.DataFrame(rows).assign(
-        device=cpu_name(), rounds=args.rounds, torch=torch.__version__
-    )
+        device=cpu_name(),
+        calls=args.calls,
+        torch=torch.__version__,
+        triton=triton_version(),
+        timestamp=timestamp(),
+    )[COLUMNS]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out, index=False)
-    print(table.drop(columns=["device", "rounds", "torch"]).to_string(index=False))
+    shown = table[COLUMNS[: COLUMNS.index("device")]]
+    print(shown.to_string(index=False, float_format="{:.2f}".format))
+    print("\n".join(growth(table)))
     print(f"on {cpu_name()}; every row is in {args.out}")
     if args.plot:
         print(f"drawn in {plots.host_cost(table, args.out)}")

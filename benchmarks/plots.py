@@ -107,6 +107,33 @@ def scaling(table: pd.DataFrame, csv: Path) -> Path:
     return path
 
 
+def bandwidth(table: pd.DataFrame, csv: Path) -> Path:
+    """Bytes that a step must move, per second, by unit length, beside those of a copy."""
+    rows = table[table["axis"] == "unit_length"]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    x, reached = rows["unit_length"], rows["gb_per_s"]
+    # A step's p20 of time is its p80 of bandwidth.
+    high, low = (reached * rows["median_ms"] / rows[column] for column in ("p20_ms", "p80_ms"))
+    ours = str(rows["implementation"].iloc[0])
+    copied = reached / rows["share_of_copy_bandwidth"]
+    ax.plot(
+        x, copied, marker="o", color=COLORS["copy"], linestyle=":", label="copy of as many bytes"
+    )
+    spread = [reached - low, high - reached]
+    ax.errorbar(x, reached, spread, marker="o", capsize=2, color=COLORS["ours"], label=ours)
+    ax.set(xscale="log", xlabel="elements per unit", ylabel="GB/s: median, 20th to 80th percentile")
+    ax.set_ylim(0, 1.1 * max(high.max(), copied.max()))
+    ax.set_title(f"{rows['optimizer'].iloc[0]}, {_fixed(rows, 'unit_length')}", fontsize=9)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    first = rows.iloc[0]
+    figure.suptitle(f"Bandwidth on {first['device']}, {first['threads']} threads", fontsize=11)
+    path = csv.with_name(f"{csv.stem}-bandwidth.png")
+    figure.savefig(path, dpi=120)
+    return path
+
+
 def _fixed(rows: pd.DataFrame, axis: str) -> str:
     last = rows.iloc[-1]
     fixed = {
@@ -118,25 +145,45 @@ def _fixed(rows: pd.DataFrame, axis: str) -> str:
 
 
 def host_cost(table: pd.DataFrame, csv: Path) -> Path:
-    """Python's time per step by number of tensors in one group, and by groups of 600 tensors."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    """Python's time per step by tensors in one group and by groups, for warm and cold caches."""
+    kinds_of_caches = list(table["caches"].unique())
+    figure = Figure(figsize=(9, 3.4 * len(kinds_of_caches)), layout="constrained")
+    axes = figure.subplots(len(kinds_of_caches), 2, sharey=True, sharex="col", squeeze=False)
     styles = {"steady": "-", "changing": "--"}
     colors = dict(zip(table["implementation"].unique(), ["tab:blue", "tab:red"], strict=True))
     grouped = table.sort_values("groups")["tensors"].iloc[-1]
     panels = {
-        "tensors": (table[table["groups"] == 1], "one parameter group"),
-        "groups": (table[table["tensors"] == grouped], f"{grouped} tensors"),
+        "tensors": (table["groups"] == 1, "one parameter group"),
+        "groups": (table["tensors"] == grouped, f"{grouped} tensors"),
     }
-    for ax, (x, (rows, title)) in zip(axes, panels.items(), strict=True):
-        for (name, kind), line in rows.groupby(["implementation", "kind"], sort=False):
-            style = {"color": colors[name], "linestyle": styles[str(kind)], "marker": "o"}
-            ax.plot(line[x], line["median_us"], label=f"{name}, {kind}", **style)
-        ax.set(xscale="log", yscale="log", xlabel=x, title=title)
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("median µs per step, nothing launched")
-    axes[0].legend(fontsize=8)
-    figure.suptitle(f"Host time of a step on {table['device'].iloc[0]}", fontsize=11)
+    for row, caches in zip(axes, kinds_of_caches, strict=True):
+        for ax, (x, (shown, title)) in zip(row, panels.items(), strict=True):
+            rows = table[shown & (table["caches"] == caches)]
+            for (name, kind), line in rows.groupby(["implementation", "kind"], sort=False):
+                spread = [line["median_us"] - line["p20_us"], line["p80_us"] - line["median_us"]]
+                ax.errorbar(
+                    line[x],
+                    line["median_us"],
+                    spread,
+                    label=f"{name}, {kind}",
+                    color=colors[name],
+                    linestyle=styles[str(kind)],
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                )
+            ax.set(xscale="log", yscale="log", title=f"{title}, {caches} caches")
+            ax.title.set_fontsize(10)
+            ax.grid(alpha=0.3)
+        row[0].set_ylabel("µs per step")
+    for ax, x in zip(axes[-1], panels, strict=True):
+        ax.set_xlabel(x)
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(
+        f"Host time of a step, nothing launched, on {table['device'].iloc[0]}:"
+        " median, 20th to 80th percentile",
+        fontsize=11,
+    )
     path = csv.with_suffix(".png")
     figure.savefig(path, dpi=120)
     return path

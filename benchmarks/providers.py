@@ -1,9 +1,14 @@
-"""The implementations that are compared, each with the source it follows."""
+"""The implementations that are compared, each with the source it follows.
+
+timm, pytorch_optimizer and heavyball are used as packages where they are installed. torch-optimi
+clips nothing, so that there is no row of it.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -147,11 +152,10 @@ def minimal_bytes(optimizer: str, params: Iterable[Tensor]) -> int:
 
 def timm_adaptive_clip_grad() -> tuple[Clip, str]:
     """timm's own function where timm is installed, else the one below, and which one it is."""
-    try:
-        timm, agc = (importlib.import_module(name) for name in ("timm", "timm.utils.agc"))
-    except ImportError:
+    agc = _imported("timm.utils.agc")
+    if agc is None:
         return adaptive_clip_grad, "timm/utils/agc.py at 15d1dbc, rewritten"
-    return agc.adaptive_clip_grad, f"timm {timm.__version__}"
+    return agc.adaptive_clip_grad, f"timm {_imported('timm').__version__}"
 
 
 def adaptive_clip_grad(
@@ -231,6 +235,9 @@ def _imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
+        return None
+    except Exception as error:  # timm with a torchvision that was built for another torch
+        warnings.warn(f"{module} is installed but left out: {error}", stacklevel=2)
         return None
 
 

@@ -5,6 +5,7 @@ python -m benchmarks.readme_table
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -24,16 +25,23 @@ def main() -> None:
 
 
 def with_tables(text: str) -> str:
-    """The text with what is between the markers replaced by a table per CSV."""
+    """The text with what is between the markers replaced by the tables of each CSV."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    tables = [markdown(pd.read_csv(path)) for path in sorted(RESULTS.glob("throughput-*.csv"))]
-    return "\n\n".join([before + BEGIN, *tables, END + after])
+    csvs = map(pd.read_csv, sorted(RESULTS.glob("throughput-*.csv")))
+    found = [markdown(rows) for csv in csvs for rows in tables(csv)]
+    return "\n\n".join([before + BEGIN, *found, END + after])
 
 
-def markdown(table: pd.DataFrame) -> str:
+def tables(csv: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """The rows of each table: one model and dtype, a machine and number of threads each."""
+    shown = csv[(csv["model"] == MODEL) & (csv["dtype"] == DTYPE)]
+    for _, rows in shown.groupby(["device", "threads"], sort=False):
+        yield rows
+
+
+def markdown(rows: pd.DataFrame) -> str:
     """Median ms per step, and how many unclipped steps that is, by implementation and optimizer."""
-    rows = table[(table["model"] == MODEL) & (table["dtype"] == DTYPE)]
     first = rows.iloc[0]
     lines = [
         f"{MODEL}, {DTYPE}, {first['parameters'] / 1e6:.1f} million parameters on"

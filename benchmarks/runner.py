@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import random
 import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor
-from torch.autograd.profiler import profile
-from torch.nn import Parameter
-from torch.profiler import DeviceType, ProfilerActivity
 from tqdm import tqdm
 
 from agc_triton import unitwise_norm
-from agc_triton.optim.optimizer import AGCOptimizer
-from benchmarks.providers import Provider, minimal_bytes
+from benchmarks.counters import count_launches, peak_extra_bytes
+from benchmarks.providers import OPTIMIZERS, Provider, minimal_bytes
+from benchmarks.rotation import Rotation, cache_bytes, sets_needed
 from benchmarks.shapes import Workload, share_of_units_clipped
-from benchmarks.timing import Step, Times, timer
-
-CPU = torch.device("cpu")
+from benchmarks.timing import Times, timer
 
 COLUMNS = [
     *("model", "parameters", "tensors", "units", "optimizer", "implementation", "version", "role"),
-    *("device", "threads", "dtype", "rounds", "median_ms", "p20_ms", "p80_ms", "host_ms"),
+    *("device", "threads", "dtype", "rounds", "sets", "median_ms", "p20_ms", "p80_ms", "host_ms"),
     *("bytes_moved", "gb_per_s", "share_of_copy_bandwidth"),
     *("ratio_to_unclipped", "ratio_to_best_peer", "launches"),
     *("peak_extra_bytes", "peak_extra_share", "share_of_units_clipped"),
@@ -55,96 +48,60 @@ def measure(
     The providers take turns in every round, in a new order each time, so that whatever else the
     machine does hits all alike. Each has its own state; parameters and gradients lie in the same
     memory for all, and the gradients are written anew before every step, which also leaves the
-    same caches to each.
+    same CPU caches to each. On a GPU there are several sets of them (benchmarks/rotation.py).
     """
-    grads = [g.clone() for g in workload.grads]
-    device = grads[0].device
-    shared = [p.clone() for p in workload.params]
-    params: list[list[Tensor]] = [[Parameter(p) for p in shared] for _ in providers]
-    for p, g in ((p, g) for own in params for p, g in zip(own, grads, strict=True)):
-        p.grad = g
-    steps = [provider.build(own) for provider, own in zip(providers, params, strict=True)]
-
-    def restore_grads() -> None:
-        torch._foreach_copy_(grads, workload.grads)
-
-    times = _time_in_turns(steps, restore_grads, device, rounds, optimizer)
+    device = workload.params[0].device
+    size = sum(p.numel() * p.element_size() for p in workload.params)
+    sets = sets_needed(set_bytes(optimizer, size), cache_bytes(device))
+    rotation = Rotation(providers, workload, sets)
+    times = _time_in_turns(rotation, device, rounds, optimizer)
     common = _common_columns(optimizer, workload, rounds.timed)
-    size = sum(p.numel() * p.element_size() for p in shared)
     rows: list[dict[str, Any]] = []
-    for provider, step, of_step in zip(providers, steps, times, strict=True):
-        restore_grads()
+    for i, (provider, of_step) in enumerate(zip(providers, times, strict=True)):
+        params, step = rotation.params[i][0], rotation.steps[i][0]
+        rotation.restore(0)
         peak = peak_extra_bytes(step, device)
-        restore_grads()
+        rotation.restore(0)
         rows.append(
             {
                 **common,
                 "implementation": provider.implementation,
                 "version": provider.version,
                 "role": provider.role,
-                "launches": count_launches(step, device),
+                "sets": sets,
+                "launches": count_launches(step, params, device),
                 "peak_extra_bytes": peak,
                 "peak_extra_share": peak / size,
-                **_quantiles([t.ms for t in of_step]),
+                **quantiles([t.ms for t in of_step], "ms"),
                 "host_ms": median(t.host_ms for t in of_step),
             }
         )
     return _with_ratios(pd.DataFrame(rows))
 
 
+def set_bytes(optimizer: str, size: int) -> int:
+    """Bytes of parameters of this size, their gradients and their states."""
+    return size * (2 + OPTIMIZERS[optimizer].states)
+
+
 def _time_in_turns(
-    steps: Sequence[Step],
-    before_each: Step,
-    device: torch.device,
-    rounds: Rounds,
-    title: str,
+    rotation: Rotation, device: torch.device, rounds: Rounds, title: str
 ) -> list[list[Times]]:
-    """Times of every timed call of each step."""
+    """Times of every timed step of each provider, after untimed ones on every set."""
     order = random.Random(0)
-    indices = range(len(steps))
-    turns = [i for _ in range(sum(rounds)) for i in order.sample(indices, len(indices))]
-    times: list[list[Times]] = [[] for _ in steps]
+    indices = range(len(rotation.steps))
+
+    def one_round(at: int | None) -> list[tuple[int, int | None]]:
+        return [(i, at) for i in order.sample(indices, len(indices))]
+
+    warm_ups = rounds.warmup * rotation.count
+    turns = [turn for n in range(warm_ups) for turn in one_round(n % rotation.count)]
+    turns += [turn for _ in range(rounds.timed) for turn in one_round(None)]
+    times: list[list[Times]] = [[] for _ in indices]
     time_one = timer(device)
-    for i in tqdm(turns, desc=title, unit="step", disable=None, leave=False):
-        times[i].append(time_one(before_each, steps[i]))
-    return [of_step[rounds.warmup :] for of_step in times]
-
-
-def count_launches(step: Step, device: torch.device) -> int | None:
-    """Kernels that a step launches: ours as planned, others as profiled, None on a CPU."""
-    optimizer = getattr(step, "__self__", None)
-    if isinstance(optimizer, AGCOptimizer):
-        planned = int(optimizer.explain()["launches"].iloc[-1])
-        if planned:
-            return planned
-    if device.type != "cuda":
-        return None
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize(device)
-    launched: int = sum(e.device_type == DeviceType.CUDA for e in profiled.events() or ())
-    return launched
-
-
-def peak_extra_bytes(step: Step, device: torch.device = CPU) -> int:
-    """Most bytes held at once of what torch allocated during a call; on a CPU, in this thread.
-
-    What was there before (parameters, gradients, optimizer state) does not count; on a CPU not
-    even where it is freed.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # it reports its start and stop on stderr
-    # torch.profiler would do as well, but spends seconds on importing torch._inductor.
-    with profile(profile_memory=True) as profiled:
-        step()
-    events = [e for e in profiled.kineto_results.events() if e.name() == "[memory]"]
-    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    peak: int = max(accumulate(changes, initial=0))
-    return peak
+    for i, at in tqdm(turns, desc=title, unit="step", disable=None, leave=False):
+        times[i].append(time_one(*rotation.turn(i, at)))
+    return [of_step[warm_ups:] for of_step in times]
 
 
 def _common_columns(optimizer: str, workload: Workload, rounds: int) -> dict[str, Any]:
@@ -163,13 +120,18 @@ def _common_columns(optimizer: str, workload: Workload, rounds: int) -> dict[str
         "share_of_units_clipped": share_of_units_clipped(params, workload.grads),
         "torch": torch.__version__,
         "triton": triton_version(),
-        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "timestamp": timestamp(),
     }
 
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or `cpu_name`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def timestamp() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def triton_version() -> str:
@@ -187,9 +149,10 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _quantiles(ms: Sequence[float]) -> dict[str, float]:
-    p20, median_ms, p80 = pd.Series(ms).quantile([0.2, 0.5, 0.8])
-    return {"median_ms": median_ms, "p20_ms": p20, "p80_ms": p80}
+def quantiles(values: Sequence[float], unit: str) -> dict[str, float]:
+    """Columns for the median, 20th and 80th percentile."""
+    p20, middle, p80 = pd.Series(values).quantile([0.2, 0.5, 0.8])
+    return {f"median_{unit}": middle, f"p20_{unit}": p20, f"p80_{unit}": p80}
 
 
 def _with_ratios(rows: pd.DataFrame) -> pd.DataFrame:

@@ -18,11 +18,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import plots
-from benchmarks.providers import OPTIMIZERS, providers
+from benchmarks.memory import bytes_needed, why_not
+from benchmarks.providers import OPTIMIZERS, copy_provider, providers
 from benchmarks.runner import COLUMNS, Rounds, device_name, measure
 from benchmarks.shapes import on_device, workload_of
 
 THREADS = 2
+DTYPE = torch.float32
 ROUNDS = Rounds(warmup=3, timed=15)
 # What the other two are while one changes.
 ELEMENTS, TENSORS, UNIT_LENGTH = 10**7, 10, 10**3
@@ -55,13 +57,21 @@ def cases(largest: int) -> list[Case]:
     return [c for c in all_cases if c.elements >= c.tensors * c.unit_length]
 
 
-def measure_case(case: Case, optimizer: str, device: torch.device) -> pd.DataFrame:
-    """One row: what `measure` finds, and the case."""
-    shape = (case.elements // case.tensors // case.unit_length, case.unit_length)
-    workload = on_device(workload_of(case.axis, [shape] * case.tensors), device)
+def measure_case(case: Case, optimizer: str, device: torch.device) -> pd.DataFrame | None:
+    """One row: what `measure` finds, and the case; None, with a message, where memory is short."""
     ours = next(p for p in providers(optimizer, device.type) if p.role == "ours" and p.quick)
-    found = measure(optimizer, [ours], workload, ROUNDS)
-    return found.assign(axis=case.axis, unit_length=case.unit_length)
+    # What bandwidth is held against; it takes more memory than the step.
+    compared = [ours, copy_provider(optimizer)] if case.axis == "unit_length" else [ours]
+    sizes = [case.elements // case.tensors] * case.tensors
+    workload_bytes = 2 * case.elements * DTYPE.itemsize
+    needed = workload_bytes + bytes_needed(optimizer, compared, sizes, DTYPE.itemsize)
+    if reason := why_not(needed, device):
+        tqdm.write(f"{case.axis}, {case.elements:,} elements: left out, {reason}")
+        return None
+    shape = (case.elements // case.tensors // case.unit_length, case.unit_length)
+    workload = on_device(workload_of(case.axis, [shape] * case.tensors, DTYPE), device)
+    found = measure(optimizer, compared, workload, ROUNDS)
+    return found[found["role"] == "ours"].assign(axis=case.axis, unit_length=case.unit_length)
 
 
 def with_ratios(table: pd.DataFrame) -> pd.DataFrame:
@@ -100,21 +110,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(THREADS)
     device, largest = torch.device(args.device), int(args.max_elements)
-    found = [
-        measure_case(case, args.optimizer, device)
-        for case in tqdm(cases(largest), desc="scaling", unit="case", disable=None)
-    ]
+    in_turn = tqdm(cases(largest), desc="scaling", unit="case", disable=None)
+    found = [measure_case(case, args.optimizer, device) for case in in_turn]
     columns = ["axis", "unit_length", *COLUMNS, "ns_per_element", "ratio_to_linear"]
-    table = with_ratios(pd.concat(found, ignore_index=True))[columns]
+    table = with_ratios(pd.concat([row for row in found if row is not None], ignore_index=True))[
+        columns
+    ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out, index=False)
-    shown = ["axis", "parameters", "tensors", "unit_length", "median_ms", *columns[-2:]]
+    sizes = ["axis", "parameters", "tensors", "unit_length"]
+    shown = [*sizes, "median_ms", "gb_per_s", "share_of_copy_bandwidth", *columns[-2:]]
     print(table[shown].to_string(index=False, float_format="{:.3f}".format))
     for _, rows in table.groupby("axis", sort=False):
         print(verdict(rows))
     print(f"on {device_name(device)}; every row is in {args.out}")
     if args.plot:
-        print(f"drawn in {plots.scaling(table, args.out)}")
+        for path in (plots.scaling(table, args.out), plots.bandwidth(table, args.out)):
+            print(f"drawn in {path}")
 
 
 if __name__ == "__main__":

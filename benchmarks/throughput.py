@@ -8,6 +8,8 @@ python -m benchmarks.throughput --resume     goes on where a run was ended
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,15 +20,16 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import plots, shapes
-from benchmarks.providers import OPTIMIZERS, copy_provider, providers
+from benchmarks.memory import bytes_needed, why_not
+from benchmarks.providers import OPTIMIZERS, Provider, copy_provider, providers
 from benchmarks.runner import COLUMNS, Rounds, device_name, measure
-from benchmarks.shapes import Workload, on_device, random_workload
+from benchmarks.shapes import Workload, load_shapes, on_device, random_workload
 
 MODEL = "dm_nfnet_f0"
 THREADS = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHOWN = [
-    *("optimizer", "dtype", "implementation", "median_ms", "p20_ms", "p80_ms", "gb_per_s"),
+    *("model", "optimizer", "dtype", "implementation", "median_ms", "p20_ms", "p80_ms", "gb_per_s"),
     *("share_of_copy_bandwidth", "ratio_to_unclipped", "ratio_to_best_peer", "launches"),
 ]
 
@@ -89,13 +92,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         same = belongs(table, group, device)
         if {p.implementation for p in compared} <= set(table.loc[same, "implementation"]):
             continue
-        if workload is None or (workload.model, workload.params[0].dtype) != (group.model, dtype):
+        if workload is not None and not is_of(workload, group):
             workload = None  # frees its memory first
-            workload = on_device(random_workload(group.model, dtype), device)
+        gc.collect()  # a process' first steps leave cycles that hold parameters
+        if reason := why_not(needed(group, compared, workload), device):
+            tqdm.write(f"{' '.join(group)} is left out: {reason}")
+            continue
+        workload = workload or on_device(random_workload(group.model, dtype), device)
         try:
             rows = measure(group.optimizer, compared, workload, rounds)
         except torch.OutOfMemoryError as error:
-            tqdm.write(f"{' '.join(group)} does not fit and is left out: {error}")
+            tqdm.write(f"{' '.join(group)} is left out: {error}")
             continue
         # Ratios are between rows of one run: what there was of this group goes as a whole.
         table = pd.concat([table[~same], rows], ignore_index=True) if len(table) else rows
@@ -113,6 +120,19 @@ def groups(args: argparse.Namespace) -> Iterator[Group]:
         for dtype in args.dtypes:
             for optimizer in args.optimizers:
                 yield Group(model, optimizer, dtype)
+
+
+def is_of(workload: Workload, group: Group) -> bool:
+    """Whether it has the group's model and dtype."""
+    return (workload.model, workload.params[0].dtype) == (group.model, DTYPES[group.dtype])
+
+
+def needed(group: Group, compared: Sequence[Provider], workload: Workload | None) -> int:
+    """Bytes to measure a group, with its workload where that is not there yet."""
+    sizes = [math.prod(shape) for shape in load_shapes(group.model)]
+    itemsize = DTYPES[group.dtype].itemsize
+    workload_bytes = 0 if workload else 2 * sum(sizes) * itemsize
+    return workload_bytes + bytes_needed(group.optimizer, compared, sizes, itemsize)
 
 
 def belongs(table: pd.DataFrame, group: Group, device: torch.device) -> pd.Series[bool]:

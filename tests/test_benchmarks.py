@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agc_triton import blocks
 from benchmarks import shapes, torch_path
+from benchmarks.counters import peak_extra_bytes
 from benchmarks.providers import (
     OPTIMIZERS,
     Provider,
@@ -24,7 +25,7 @@ from benchmarks.providers import (
     providers,
     timm_adaptive_clip_grad,
 )
-from benchmarks.runner import COLUMNS, peak_extra_bytes
+from benchmarks.runner import COLUMNS
 from tests.helpers import write_shapes
 
 # Millions of parameters, as timm's results tables give them.
@@ -187,8 +188,19 @@ def test_installed_timm_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert timm_adaptive_clip_grad() == (print, "timm 9.9")
 
-    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm.utils.agc", None)
     assert timm_adaptive_clip_grad()[0] is adaptive_clip_grad
+
+
+def test_a_package_that_fails_on_import_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(name: str) -> ModuleType:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.warns(UserWarning, match=r"timm.utils.agc is installed but left out: operator"):
+        assert timm_adaptive_clip_grad()[0] is adaptive_clip_grad
 
 
 def test_peak_extra_bytes_of_known_allocations() -> None:

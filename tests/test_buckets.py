@@ -158,6 +158,29 @@ def test_whole_units_in_registers(length: int, expected: tuple[int, int]) -> Non
     assert shape == TileShape(1, 128 * warps, chunks, warps, 4, False, False)
 
 
+# With three states at most three, and 32 warps instead of 16 warps of three.
+FP32_3_STATES = {
+    **{384: (1, 3), 512: (2, 2), 768: (2, 3), 1536: (4, 3), 3072: (8, 3), 4096: (16, 2)},
+    **{4608: (32, 2), 6144: (32, 2), 8192: (32, 2), 12288: (32, 3)},
+}
+
+
+@pytest.mark.parametrize(("length", "expected"), FP32_3_STATES.items())
+def test_whole_units_in_registers_beside_three_states(
+    length: int, expected: tuple[int, int]
+) -> None:
+    warps, chunks = expected
+    shape = ideal_shape(rows(length), 4, 3)
+    assert shape == TileShape(1, 128 * warps, chunks, warps, 4, False, False)
+
+
+@pytest.mark.parametrize(("itemsize", "chunks"), [(2, 2), (4, 4), (8, 4)])
+def test_tiles_of_longer_units(itemsize: int, chunks: int) -> None:
+    wide = 16 // itemsize
+    shape = ideal_shape(rows(1 << 20), itemsize, 2)
+    assert shape == TileShape(1, 512 * wide, chunks, 16, wide, False, True)
+
+
 def test_units_of_at_most_one_access_per_warp_share_a_program() -> None:
     assert ideal_shape(rows(128), 4, 2) == TileShape(4, 128, 1, 4, 4, False, False)
     assert ideal_shape(rows(132), 4, 2) == TileShape(1, 128, 2, 1, 4, False, False)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from benchmarks import scaling
+from benchmarks import memory, scaling
 from benchmarks.runner import COLUMNS, Rounds
 
 
@@ -42,8 +43,26 @@ def test_writes_and_draws_every_case(
     printed = capsys.readouterr().out
     picture = out.with_suffix(".png")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    for expected in ("elements:", "tensors:", "unit_length:", str(out), str(picture)):
+    bandwidth = out.with_name("rows-bandwidth.png")
+    assert bandwidth.read_bytes().startswith(b"\x89PNG")
+    for expected in ("elements:", "tensors:", "unit_length:", *map(str, (out, picture, bandwidth))):
         assert expected in printed
+    assert set(table["role"]) == {"ours"}
+    copied = table["share_of_copy_bandwidth"] > 0
+    assert copied.tolist() == (table["axis"] == "unit_length").tolist()
+
+
+def test_cases_that_memory_has_no_room_for_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = scaling.Case("elements", 10**9, 10, 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 20 << 30)
+    assert scaling.measure_case(case, "adamw", torch.device("cpu")) is None
+    assert "elements, 1,000,000,000 elements: left out, it needs" in capsys.readouterr().out
+
+
+def test_more_elements_than_by_default_are_measured_on_request() -> None:
+    assert max(case.elements for case in scaling.cases(10**9)) == 10**9
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.nn import Parameter
+from torch.profiler import DeviceType
 
 from agc_triton import AdamW_AGC, unitwise_norm
-from benchmarks import plots, readme_table, shapes, throughput
+from benchmarks import counters, memory, readme_table, rotation, shapes, throughput
+from benchmarks.counters import count_launches, launched
 from benchmarks.providers import OPTIMIZERS, copy_provider, minimal_bytes, providers
-from benchmarks.runner import COLUMNS, Rounds, count_launches, measure
+from benchmarks.runner import COLUMNS, Rounds, measure
+from benchmarks.timing import Step
 from tests.helpers import SHAPES, write_shapes
 
 CPU = torch.device("cpu")
@@ -103,13 +109,58 @@ def test_16_bit_sgd_is_not_compared_with_a_kernel_that_is_wrong() -> None:
     assert any("fused" in p.implementation for p in providers("sgd", "cuda", torch.bfloat16))
 
 
-def test_launches_are_those_of_the_plan() -> None:
-    param = Parameter(torch.ones(2, 3))
-    param.grad = torch.ones(2, 3)
-    planned = AdamW_AGC([param], backend="triton")
+def test_nothing_is_launched_on_a_cpu() -> None:
+    params = [Parameter(torch.ones(2, 3))]
+    params[0].grad = torch.ones(2, 3)
     if os.environ.get("TRITON_INTERPRET") == "1":  # without a GPU
-        assert count_launches(planned.step, CPU) == 2
-    assert count_launches(AdamW_AGC([param], backend="torch").step, CPU) is None
+        assert count_launches(AdamW_AGC(params, backend="triton").step, params, CPU) is None
+    assert count_launches(AdamW_AGC(params, backend="torch").step, params, CPU) is None
+
+
+def test_launches_are_counted_with_gradients_at_other_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = [Parameter(torch.ones(2, 3)), Parameter(torch.ones(4)), Parameter(torch.ones(()))]
+    for p in params[:2]:
+        p.grad = torch.full_like(p, 0.5)
+    grads = [p.grad for p in params]
+    found: list[list[Tensor | None]] = []
+
+    def step() -> None:
+        found.append([p.grad for p in params])
+
+    def profiled(step: Step, device: torch.device) -> list[Any]:
+        assert device.type == "cuda"
+        step()
+        return [event(DeviceType.CUDA), event(DeviceType.CPU), event(DeviceType.CUDA)]
+
+    monkeypatch.setattr(counters, "profiled_events", profiled)
+    assert count_launches(step, params, torch.device("cuda")) == 2
+    assert [id(p.grad) for p in params] == list(map(id, grads))
+    assert len(found) == 2
+    for i in range(2):
+        tensors = [of_step[i] for of_step in (grads, *found)]
+        assert len({t.data_ptr() for t in tensors if t is not None}) == 3
+        assert all(t is not None and torch.equal(t, tensors[0]) for t in tensors)  # type: ignore[arg-type]
+    assert [of_step[2] for of_step in found] == [None, None]
+
+
+def event(device: DeviceType, is_user_annotation: bool = False) -> Any:
+    return SimpleNamespace(device_type=device, is_user_annotation=is_user_annotation)
+
+
+def test_a_launch_is_work_of_the_device() -> None:
+    annotated = event(DeviceType.CUDA, is_user_annotation=True)
+    events = [event(DeviceType.CUDA), event(DeviceType.CPU), annotated, event(DeviceType.CUDA)]
+    assert launched(events) == 2
+
+
+def test_events_of_torchs_profiler_say_where_they_ran() -> None:
+    with torch.autograd.profiler.profile() as profiled, record_function("step"):
+        torch.ones(2).add_(1)
+    events = profiled.function_events or []
+    assert any(e.is_user_annotation for e in events)
+    assert launched(events) == 0
 
 
 def test_resume_keeps_rows_and_measures_what_is_missing(
@@ -151,7 +202,33 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pd.testing.assert_frame_equal(table.iloc[: len(kept)], kept)
 
 
-def test_what_does_not_fit_in_memory_is_left_out(
+def test_what_memory_has_no_room_for_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = Measured()
+    monkeypatch.setattr(throughput, "measure", measured)
+    sgd, adamw = (quick_bytes(optimizer) for optimizer in ("sgd", "adamw"))
+    assert sgd < adamw
+    monkeypatch.setattr(memory, "free_bytes", lambda _: sgd / memory.USABLE)
+    assert set(run(tmp_path / "rows.csv")["optimizer"]) == {"sgd"}
+    assert measured.optimizers == ["sgd"]
+    assert "tiny adamw fp32 is left out: it needs 0.0 GiB, over 90%" in capsys.readouterr().out
+
+
+def quick_bytes(optimizer: str) -> int:
+    compared = [*(p for p in providers(optimizer) if p.quick), copy_provider(optimizer)]
+    return throughput.needed(throughput.Group("tiny", optimizer, "fp32"), compared, None)
+
+
+def test_a_workload_that_is_there_is_not_counted_again() -> None:
+    group = throughput.Group("tiny", "sgd", "bf16")
+    workload = shapes.random_workload("tiny", torch.bfloat16)
+    assert throughput.is_of(workload, group)
+    difference = throughput.needed(group, [], None) - throughput.needed(group, [], workload)
+    assert difference == 2 * 2 * ELEMENTS
+
+
+def test_what_does_not_fit_on_a_gpu_after_all_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_large(optimizer: str, *args: Any) -> pd.DataFrame:
@@ -161,7 +238,7 @@ def test_what_does_not_fit_in_memory_is_left_out(
 
     monkeypatch.setattr(throughput, "measure", too_large)
     assert set(run(tmp_path / "rows.csv")["optimizer"]) == {"adamw"}
-    assert "tiny sgd fp32 does not fit and is left out: CUDA out" in capsys.readouterr().out
+    assert "tiny sgd fp32 is left out: CUDA out" in capsys.readouterr().out
 
 
 def test_without_resume_the_rows_are_replaced(tmp_path: Path) -> None:
@@ -209,44 +286,72 @@ def test_readme_has_the_committed_figures() -> None:
     assert readme_table.with_tables(text) == text
 
 
-def test_readme_table_by_implementation_and_optimizer() -> None:
-    common = {"model": readme_table.MODEL, "dtype": readme_table.DTYPE, "parameters": 71_489_284}
+def readme_rows(**common: Any) -> pd.DataFrame:
     machine = {"device": "Some CPU", "threads": 2, "torch": "9.9"}
+    model = {"model": readme_table.MODEL, "dtype": readme_table.DTYPE, "parameters": 71_489_284}
     rows = [
         {"implementation": "x", "optimizer": "sgd", "median_ms": 123.4, "ratio_to_unclipped": 2.0},
         {"implementation": "x", "optimizer": "adamw", "median_ms": 9.87, "ratio_to_unclipped": 1.0},
         {"implementation": "y", "optimizer": "sgd", "median_ms": 1, "ratio_to_unclipped": 0.5},
     ]
-    table = pd.DataFrame([{**common, **machine, **row} for row in rows])
-    other = table.assign(dtype="bfloat16", median_ms=0)
-    assert readme_table.markdown(pd.concat([other, table])).splitlines() == [
-        "dm_nfnet_f0, float32, 71.5 million parameters on Some CPU, 2 threads, torch 9.9:",
-        "",
-        "| ms per step (times unclipped) | SGD | Adam | AdamW | RMSprop |",
-        "|---|---|---|---|---|",
-        "| x | 123 (2.00) |  | 9.87 (1.00) |  |",
-        "| y | 1 (0.50) |  |  |  |",
+    return pd.DataFrame([{**machine, **model, **row, **common} for row in rows])
+
+
+HEADING = "dm_nfnet_f0, float32, 71.5 million parameters on Some CPU, 2 threads, torch 9.9:"
+TABLE = [
+    "",
+    "| ms per step (times unclipped) | SGD | Adam | AdamW | RMSprop |",
+    "|---|---|---|---|---|",
+    "| x | 123 (2.00) |  | 9.87 (1.00) |  |",
+    "| y | 1 (0.50) |  |  |  |",
+]
+
+
+def test_readme_table_by_implementation_and_optimizer() -> None:
+    assert readme_table.markdown(readme_rows()).splitlines() == [HEADING, *TABLE]
+
+
+def test_readme_tables_are_of_one_model_and_dtype() -> None:
+    others = [readme_rows(dtype="bfloat16", median_ms=0), readme_rows(model="vit", median_ms=0)]
+    mixed = pd.concat([others[0], readme_rows(), others[1]])
+    assert [*map(readme_table.markdown, readme_table.tables(mixed))] == [
+        readme_table.markdown(readme_rows())
     ]
+    assert list(readme_table.tables(pd.concat(others))) == []
+
+
+def test_readme_has_a_table_for_each_machine_of_a_csv() -> None:
+    both = pd.concat([readme_rows(), readme_rows(threads=64), readme_rows(device="Other CPU")])
+    headings = [readme_table.markdown(rows).splitlines()[0] for rows in readme_table.tables(both)]
+    assert headings == [
+        HEADING,
+        HEADING.replace("2 threads", "64 threads"),
+        HEADING.replace("Some", "Other"),
+    ]
+
+
+def test_readme_tables_come_from_throughput_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    readme_rows().to_csv(tmp_path / "throughput-some-cpu.csv")
+    readme_rows(model="vit").to_csv(tmp_path / "throughput-other-models.csv")
+    for other in ("host-cost-some-cpu", "kernels-triton-9.9", "scaling-some-cpu"):
+        readme_rows(device=other).to_csv(tmp_path / f"{other}.csv")
+    text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter"
+    table = "\n".join([HEADING, *TABLE])
+    expected = f"before\n{readme_table.BEGIN}\n\n{table}\n\n{readme_table.END}\nafter"
+    assert readme_table.with_tables(text) == expected
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_measured_on_a_gpu() -> None:
+def test_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "MAX_SETS", 3)
     workload = shapes.on_device(shapes.random_workload("tiny"), torch.device("cuda"))
     compared = [p for p in providers("adamw", "cuda") if p.quick]
     rows = measure("adamw", [*compared, copy_provider("adamw")], workload, Rounds(1, 2))
     assert rows["launches"].notna().all()
+    assert set(rows["sets"]) == {3}
     assert (rows["median_ms"] > 0).all()
     assert set(rows["device"]) == {torch.cuda.get_device_name()}
-
-
-def test_host_cost_is_drawn(tmp_path: Path) -> None:
-    rows = [
-        {"implementation": name, "kind": kind, "tensors": n, "groups": groups, "median_us": n}
-        for name in ("ours", "theirs")
-        for kind in ("steady", "changing")
-        for n, groups in ((30, 1), (600, 1), (600, 10))
-    ]
-    path = plots.host_cost(pd.DataFrame(rows).assign(device="Some CPU"), tmp_path / "cost.csv")
-    assert path == tmp_path / "cost.png"
-    assert path.read_bytes().startswith(b"\x89PNG")

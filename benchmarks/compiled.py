@@ -1,0 +1,125 @@
+"""Kernels compiled for a GPU that is not there, and what their machine code needs and does."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from agc_triton.buckets import BucketPlan, TileShape
+from agc_triton.kernels import launch
+from agc_triton.kernels.begin import begin
+from agc_triton.kernels.step import step
+
+# Per multiprocessor (NVIDIA's tuning guides: A100, H100, H200).
+REGISTERS_PER_SM = 65536
+MAX_WARPS_PER_SM = 64
+MAX_PROGRAMS_PER_SM = 32
+
+
+class MachineCode(NamedTuple):
+    """What one compiled kernel needs and does; accesses by width in bits, per thread."""
+
+    registers: int
+    spill_bytes: int
+    loads: Counter[int]
+    stores: Counter[int]
+
+
+@functools.cache
+def compile_step(
+    shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype, arch: str
+) -> Any:
+    """`step` for one tile shape; ``arch`` is 80, 90, ... or gfx942."""
+    constants = launch.step_constants(shape, rule, flags, states, dtype)
+    return _compile(step, constants, dtype, shape.num_warps, arch)
+
+
+def compile_begin(plan: BucketPlan, rule: str, dtype: torch.dtype, arch: str) -> Any:
+    """`begin` with everything switched on."""
+    constants = launch.begin_constants(plan, rule, dtype, True, True, True)
+    return _compile_begin(tuple(constants.items()), dtype, arch)
+
+
+@functools.cache
+def _compile_begin(constants: tuple[tuple[str, Any], ...], dtype: torch.dtype, arch: str) -> Any:
+    return _compile(begin, dict(constants), dtype, launch.BEGIN_WARPS, arch)
+
+
+_TYPES = {
+    **dict.fromkeys(
+        ("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr", "skipped_ptr"), "*i64"
+    ),
+    **dict.fromkeys(("constants_ptr", "groups_ptr"), "*fp64"),
+    **dict.fromkeys(("steps_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32"),
+    **dict.fromkeys(("n_tensors", "n_prepare"), "i32"),
+}
+
+
+def _compile(
+    kernel: Any, constants: dict[str, Any], dtype: torch.dtype, num_warps: int, arch: str
+) -> Any:
+    partials = "*fp64" if dtype == torch.float64 else "*fp32"
+    names = [name for name in kernel.arg_names if name not in constants]
+    types = {name: partials if name == "partials_ptr" else _TYPES[name] for name in names}
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    # Tables start at addresses that torch's allocators align to 64 bytes or more.
+    aligned = [(i,) for i, name in enumerate(names) if types[name].startswith("*")]
+    attributes = {position: [["tt.divisibility", 16]] for position in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    options: dict[str, Any] = {"num_warps": num_warps}
+    if arch.startswith("gfx"):
+        return triton.compile(source, target=GPUTarget("hip", arch, 64), options=options)
+    options["maxnreg"] = launch.MAX_REGISTERS
+    return triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
+
+
+@functools.cache
+def step_code(
+    shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype, arch: str
+) -> MachineCode:
+    """Resources and accesses of `step` for one tile shape on an NVIDIA GPU."""
+    compiled = compile_step(shape, rule, flags, states, dtype, arch)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [str(tool), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        return read_machine_code(dump("-res-usage"), dump("-sass"))
+
+
+def read_machine_code(usage: str, sass: str) -> MachineCode:
+    """What cuobjdump's -res-usage and -sass say."""
+    registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert registers is not None
+    return MachineCode(
+        int(registers[1]), int(registers[2]), _accesses(sass, "LDG"), _accesses(sass, "STG")
+    )
+
+
+def _accesses(sass: str, instruction: str) -> Counter[int]:
+    found: Counter[int] = Counter()
+    for suffix in re.findall(rf"\b{instruction}\.E([.\w]*)", sass):
+        width = re.search(r"\b(8|16|64|128)\b", suffix.replace("U8", "8").replace("U16", "16"))
+        found[int(width[1]) if width else 32] += 1
+    return found
+
+
+def resident_warps(registers: int, num_warps: int) -> int:
+    """Warps per multiprocessor that registers and the limit on programs allow."""
+    per_warp = -(-registers // 8) * 8 * 32
+    programs = min(REGISTERS_PER_SM // (per_warp * num_warps), MAX_PROGRAMS_PER_SM)
+    return min(programs * num_warps, MAX_WARPS_PER_SM)
