@@ -75,8 +75,11 @@ def test_out_of_memory_while_states_are_created(
     name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, others = on_backend(backend), on_backend(backend)
-    optimizer = stateful(name, params, backend)
-    expected = stateful(name, others, backend)
+    # One to three states per parameter: each group's creation fails in some case, halfway or not.
+    optimizer, expected = (
+        stateful(name, [{"params": p[:1], "clipping": 0.2}, {"params": p[1:]}], backend)
+        for p in (params, others)
+    )
     set_grads(params, 0)
     error = torch.OutOfMemoryError("CUDA out of memory")
     with monkeypatch.context() as patch:
@@ -87,6 +90,21 @@ def test_out_of_memory_while_states_are_created(
         train(each, tensors, range(2))
     assert same(params, others)
     assert same(optimizer.state_dict(), expected.state_dict())
+
+
+def test_out_of_memory_on_the_torch_path_beside_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The kernels take no empty parameters.
+    params = [make_weight((3, 4)).to(DEVICE), torch.zeros(0, 3, device=DEVICE)]
+    optimizer = stateful("SGD", params, "triton")
+    set_grads(params, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", Failing(torch.zeros_like, 2, MemoryError()))
+        with nothing_changes(params, optimizer), pytest.raises(MemoryError):
+            optimizer.step()
+    optimizer.step()
+    assert len(optimizer.state) == 2
 
 
 @every_backend
