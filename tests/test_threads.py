@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,14 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import agc_triton.clipping
 from agc_triton import adaptive_clip_grad_
 from agc_triton.kernels.launch import Launch
 from tests.cases import NAMES, STATEFUL, build
-from tests.helpers import same
-from tests.triton_cases import DEVICE, make_grad, plan_of
+from tests.helpers import make_params as parameters
+from tests.helpers import same, train
+from tests.triton_cases import CLIPPING, DEVICE, check_clipped, make_grad, make_weight, plan_of
 from tests.triton_training import make_params
 
 THREADS = 2
+every_name = pytest.mark.parametrize("name", NAMES)
+both_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 @pytest.fixture
@@ -91,7 +96,20 @@ class Recorded:
 
 
 @pytest.mark.usefixtures("switching")
-@pytest.mark.parametrize("name", NAMES)
+@every_name
+def test_the_torch_path_steps_as_if_alone(name: str) -> None:
+    def run(seed: int) -> list[Any]:
+        params = parameters(seed=seed)
+        options = {**STATEFUL[name], "clipping": CLIPPING, "backend": "torch"}
+        optimizer = build(name, params, options)
+        train(optimizer, params, range(seed, seed + 40))
+        return [(p.detach(), *optimizer.state[p].values()) for p in params]
+
+    assert same(in_threads(run), [run(seed) for seed in range(THREADS)])
+
+
+@pytest.mark.usefixtures("switching")
+@every_name
 def test_plans_are_made_and_refreshed_as_if_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,14 +124,22 @@ def test_plans_are_made_and_refreshed_as_if_alone(
     assert len(alone[0]) > 16
 
 
-@pytest.mark.usefixtures("switching")
-def test_more_lists_of_parameters_are_clipped_than_plans_are_kept_for() -> None:
-    def run(seed: int) -> list[Any]:
-        params = make_params(seed=seed) + make_params(seed=seed + THREADS)
-        for round_ in range(400):
-            for p in params:
-                p.grad = make_grad(p.shape).to(DEVICE, p.dtype) if round_ % 100 == 99 else None
-                adaptive_clip_grad_(p, 0.05, backend="torch")
-        return [p.grad for p in params]
+class Emptied(OrderedDict[Any, Any]):
+    """Another thread's clipping pushes everything out whenever a method is looked up."""
 
-    assert same(in_threads(run), [run(seed) for seed in range(THREADS)])
+    def __getattribute__(self, name: str) -> Any:
+        OrderedDict.clear(self)
+        return super().__getattribute__(name)
+
+
+@both_paths
+def test_the_other_thread_clips_more_lists_than_plans_are_kept_for(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agc_triton.clipping, "_clippers", Emptied())
+    param = make_weight((3, 4)).to(DEVICE, torch.float32)
+    for seed in range(2):
+        grad = make_grad((3, 4), seed=seed).to(DEVICE, torch.float32)
+        param.grad = grad.clone()
+        adaptive_clip_grad_(param, CLIPPING, backend=backend)
+        check_clipped(param, grad, param.grad)
