@@ -77,8 +77,9 @@ _CLIPPERS = 8
 
 def _clipper(params: list[Tensor]) -> dispatch.Clipper:
     key = tuple(map(id, params))
-    clipper = _clippers.setdefault(key, dispatch.Clipper())
-    _clippers.move_to_end(key)
+    # Taken out and put back at the end, so that no other thread can drop it in between.
+    clipper = _clippers.pop(key, None) or dispatch.Clipper()
+    _clippers[key] = clipper
     while len(_clippers) > _CLIPPERS:
         _clippers.popitem(last=False)
     return clipper

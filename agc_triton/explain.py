@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from agc_triton import dispatch
@@ -33,18 +34,18 @@ def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
             kind = (str(param.device), str(param.dtype).removeprefix("torch."))
             reason = dispatch.why_torch(optimizer.backend, group, param)
             if reason is None:
-                key = (*kind, param.dtype.to_real().itemsize, states, flags)
+                key = (*kind, param.dtype, states, flags)
                 fused[key].append(_units(param, group["unit_dim"], index))
             else:
                 dim = resolve_unit_dim(param.shape, group["unit_dim"])
                 count = 1 if dim is None else param.shape[dim]
                 others[(*kind, reason)].append((param, states, count))
     rows = []
-    for (device, dtype, itemsize, states, _), tensors in fused.items():
+    for (device, dtype, stored, states, _), tensors in fused.items():
         rows.append(_row("triton", "", device, dtype, "begin", launches=1))
-        for bucket in plan_buckets(tensors, itemsize, states).buckets:
-            moved = bucket.bytes_moved(itemsize, states)
-            rows.append(_row("triton", "", device, dtype, **_describe(bucket), bytes=moved))
+        for bucket in plan_buckets(tensors, stored.to_real().itemsize, states).buckets:
+            described = _describe(bucket, stored, states)
+            rows.append(_row("triton", "", device, dtype, **described))
     for (device, dtype, reason), members in others.items():
         moved = sum(p.numel() * p.element_size() * (3 + 2 * states) for p, states, _ in members)
         sizes = {
@@ -70,17 +71,18 @@ def _units(param: Tensor, unit_dim: int | None, group: int) -> TensorUnits:
     return TensorUnits(layout, param.data_ptr() % ALIGNMENT == 0, group)
 
 
-def _describe(bucket: Bucket) -> dict[str, Any]:
-    shape = bucket.shape
+def _describe(bucket: Bucket, dtype: torch.dtype, states: int) -> dict[str, Any]:
+    shape, itemsize = bucket.shape, dtype.to_real().itemsize
     kind = "split" if shape.split else "registers" if shape.rows == 1 else "rows"
     promises = " strided" if shape.strided else "" if shape.vector > 1 else " unaligned"
     return {
         "kind": kind + promises,
         "tensors": len(bucket.tensors),
         "units": bucket.units,
-        "elements": bucket.elements,
+        "elements": bucket.elements * itemsize // dtype.itemsize,  # a complex one is two there
         "tile": f"{shape.rows} x {shape.columns} x {shape.chunks}",
         "num_warps": shape.num_warps,
+        "bytes": bucket.bytes_moved(itemsize, states),
         "launches": 1,
     }
 

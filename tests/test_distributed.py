@@ -5,21 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.cases import NAMES, STATEFUL, build
 from tests.helpers import PAIRS, same
+from tests.ranks import RANKS, on_ranks
 from tests.triton_cases import DEVICE
 
-RANKS = 2
 STEPS = 3
 AGC: dict[str, Any] = {"clipping": 0.02}
 # The ranks' parameters are on the CPU, which the kernels take in the interpreter only.
@@ -45,14 +42,11 @@ def values(model: nn.Module) -> list[Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
-def rank_main(rank: int, folder: str) -> None:
+def train_both(rank: int) -> dict[str, Any]:
     """Both wrappers, one after the other, on this rank's half of the batch."""
     # Compiles TorchScript on import, with a warning that pytest would raise.
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     results = {}
     for name, backend in CASES:
         options: dict[str, Any] = {**STATEFUL[name], **AGC, "backend": backend}
@@ -64,18 +58,13 @@ def rank_main(rank: int, folder: str) -> None:
         zero: Any = ZeroRedundancyOptimizer(sharded.parameters(), optimizer_class=cls, **options)
         train(sharded, half, [zero])
         results[f"{name}, {backend}"] = (values(plain), values(sharded))
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank ends with."""
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn: Any = mp.spawn  # type: ignore[attr-defined]  # torch.multiprocessing has no __all__
-    spawn(rank_main, (str(folder),), nprocs=RANKS)
-    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
+    return on_ranks(train_both, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)

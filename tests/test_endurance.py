@@ -1,10 +1,9 @@
-"""Many steps, several threads and forks: nothing is left behind and no number changes."""
+"""Many steps and forks: nothing is left behind and no number changes."""
 
 from __future__ import annotations
 
 import gc
 import os
-import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from agc_triton.fused import FusedStep
 from agc_triton.plan import OptimizerPlan
 from tests.cases import NAMES, STATEFUL, build
-from tests.helpers import make_params, same, train
+from tests.helpers import same, train
 from tests.triton_cases import DEVICE
 from tests.triton_training import make_params as triton_params
 
@@ -91,28 +90,6 @@ def test_steps_leave_no_memory_behind(name: str) -> None:
         tracemalloc.stop()
     # Not one small object per step: torch's and Python's caches settle.
     assert after - before < 32 * 800
-
-
-@every_name
-def test_threads_step_as_if_alone(name: str) -> None:
-    # Triton's interpreter keeps the running program's index in globals: the torch path only.
-    def run(seed: int) -> list[Any]:
-        params = make_params(seed=seed)
-        optimizer = make(name, params, "torch")
-        train(optimizer, params, range(seed, seed + 40))
-        return [(p.detach(), *optimizer.state[p].values()) for p in params]
-
-    together: dict[int, Any] = {}
-
-    def collect(seed: int) -> None:
-        together[seed] = run(seed)
-
-    threads = [threading.Thread(target=collect, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert same(together, {seed: run(seed) for seed in range(2)})
 
 
 # A forked process cannot use CUDA.

@@ -93,10 +93,16 @@ def test_classes_say_how_units_are_read(kind: str) -> None:
     assert rows["class"].tolist() == ["begin", kind]
 
 
-def test_complex_elements_count_twice() -> None:
-    param = torch.complex(*(make_weight((3, 10), seed=i).float() for i in range(2))).to(DEVICE)
-    rows, _ = explained(build("SGD", [param], {"momentum": 0.9, **TRITON}))
-    assert rows[["units", "elements", "bytes"]].iloc[1].tolist() == [3, 60, 5 * 60 * 4]
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_elements_count_once_on_both_paths(dtype: torch.dtype) -> None:
+    param = torch.zeros(3, 10, dtype=dtype, device=DEVICE)
+    for backend in ("triton", "torch"):
+        options: dict[str, Any] = {"momentum": 0.9, "backend": backend}
+        rows, total = explained(build("SGD", [param], options))
+        assert rows["dtype"].iloc[-1] == str(dtype).removeprefix("torch.")
+        # p, g and momentum are read, p and momentum written.
+        expected = [3, 30, 5 * 30 * dtype.itemsize]
+        assert total[["units", "elements", "bytes"]].tolist() == expected
 
 
 def test_the_torch_path_is_explained_by_its_reason() -> None:

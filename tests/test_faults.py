@@ -75,8 +75,11 @@ def test_out_of_memory_while_states_are_created(
     name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, others = on_backend(backend), on_backend(backend)
-    optimizer = stateful(name, params, backend)
-    expected = stateful(name, others, backend)
+    # One to three states per parameter: each group's creation fails in some case, halfway or not.
+    optimizer, expected = (
+        stateful(name, [{"params": p[:1], "clipping": 0.2}, {"params": p[1:]}], backend)
+        for p in (params, others)
+    )
     set_grads(params, 0)
     error = torch.OutOfMemoryError("CUDA out of memory")
     with monkeypatch.context() as patch:
@@ -87,6 +90,21 @@ def test_out_of_memory_while_states_are_created(
         train(each, tensors, range(2))
     assert same(params, others)
     assert same(optimizer.state_dict(), expected.state_dict())
+
+
+def test_out_of_memory_on_the_torch_path_beside_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The kernels take no empty parameters.
+    params = [make_weight((3, 4)).to(DEVICE), torch.zeros(0, 3, device=DEVICE)]
+    optimizer = stateful("SGD", params, "triton")
+    set_grads(params, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", Failing(torch.zeros_like, 2, MemoryError()))
+        with nothing_changes(params, optimizer), pytest.raises(MemoryError):
+            optimizer.step()
+    optimizer.step()
+    assert len(optimizer.state) == 2
 
 
 @every_backend
@@ -106,30 +124,60 @@ def test_a_failure_at_a_later_first_gradient_keeps_the_states_there_are(
     assert len(optimizer.state) == len(params)
 
 
-@pytest.mark.parametrize("launch", [1, 2, 3])
+def interrupt(patch: pytest.MonkeyPatch, backend: str, call: int) -> None:
+    """Interrupt one of three launches, or norm 1, 2 or 3: the third is the second parameter's."""
+    if backend == "torch":
+        norm = Failing(torch.linalg.vector_norm, call, KeyboardInterrupt())
+        patch.setattr(torch.linalg, "vector_norm", norm)
+    else:
+        fire = Failing(agc_triton.kernels.launch.Launch.fire, call, KeyboardInterrupt())
+        patch.setattr(agc_triton.kernels.launch.Launch, "fire", lambda launch: fire(launch))
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@every_backend
 @every_name
 def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
-    name: str, launch: int, monkeypatch: pytest.MonkeyPatch
+    name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A merged plan has one bucket for shapes as small as these.
     monkeypatch.setattr(agc_triton.buckets, "LAUNCH_ELEMENTS", -float("inf"))
     shapes = ((2, 20), (3, 300))
     params, others = ([make_weight(s).float().to(DEVICE) for s in shapes] for _ in range(2))
-    optimizer, expected = (stateful(name, tensors, "triton") for tensors in (params, others))
+    optimizer, expected = (stateful(name, tensors, backend) for tensors in (params, others))
     train(optimizer, params, range(2))
     train(expected, others, range(4))
     saved = on_disk([p.detach() for p in params]), on_disk(optimizer.state_dict())
     set_grads(params, 7)
-    fire = agc_triton.kernels.launch.Launch.fire
-    failing = Failing(fire, launch, KeyboardInterrupt())
     with monkeypatch.context() as patch:
-        patch.setattr(agc_triton.kernels.launch.Launch, "fire", lambda self: failing(self))
+        interrupt(patch, backend, call)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     for p, value in zip(params, saved[0], strict=True):
         p.copy_(value)
     optimizer.load_state_dict(saved[1])
     train(optimizer, params, range(2, 4))
+    assert same(params, others)
+    assert same(optimizer.state_dict(), expected.state_dict())
+
+
+@every_backend
+@every_name
+def test_after_an_exception_in_a_closure_the_next_step_is_as_ever(name: str, backend: str) -> None:
+    params, others = on_backend(backend), on_backend(backend)
+    optimizer, expected = (stateful(name, tensors, backend) for tensors in (params, others))
+    train(optimizer, params, range(1))
+    train(expected, others, range(3))
+
+    def closure() -> float:
+        set_grads(params[:2], 7)
+        raise ValueError("a bad batch")
+
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="a bad batch"):
+        optimizer.step(closure)
+    assert same([p.detach() for p in params], before)
+    train(optimizer, params, range(1, 3))
     assert same(params, others)
     assert same(optimizer.state_dict(), expected.state_dict())
 

@@ -145,20 +145,30 @@ SENTINEL = 32768.0  # exact in every dtype, and seen in any norm it gets into
 
 
 class Guarded:
-    """A copy of a dense tensor between guard bands, ``offset`` elements from alignment."""
+    """A copy of a tensor, strides and all, ``offset`` elements from alignment.
 
-    def __init__(self, values: Tensor, offset: int = 0) -> None:
-        self._offset = GUARD + offset
-        size = values.numel() + 2 * GUARD + offset
-        self._buffer = torch.full((size,), SENTINEL, dtype=values.dtype, device=DEVICE)
-        self.tensor = self._buffer.as_strided(values.shape, values.stride(), self._offset)
+    Guard values lie before and behind it, and in the holes that its strides leave.
+    """
+
+    def __init__(self, values: Tensor, offset: int = 0, device: str = DEVICE) -> None:
+        steps = zip(values.shape, values.stride(), strict=True)
+        span = sum((size - 1) * step for size, step in steps) + 1 if values.numel() else 0
+        size = span + 2 * GUARD + offset
+        self._buffer = torch.full((size,), SENTINEL, dtype=values.dtype, device=device)
+        self._where = values.shape, values.stride(), GUARD + offset
+        self.tensor = self._buffer.as_strided(*self._where)
         self.tensor.copy_(values)
+
+    def abandon(self) -> None:
+        """The tensor's own memory is guarded too from now on."""
+        self.tensor.fill_(SENTINEL)
+        self._where = torch.Size((0,)), (1,), 0
 
     def assert_intact(self) -> None:
         """Nothing has been written beside the tensor."""
-        end = self._offset + self.tensor.numel()
-        outside = torch.cat([self._buffer[: self._offset], self._buffer[end:]])
-        assert bool((outside == SENTINEL).all())
+        outside = torch.ones_like(self._buffer, dtype=torch.bool)
+        outside.as_strided(*self._where).fill_(False)
+        assert bool((self._buffer[outside] == SENTINEL).all())
 
 
 class GuardedRun:

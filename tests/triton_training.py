@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.cases import build
-from tests.oracle import AGC, RULES
+from tests.oracle import AGC, RULES, Oracle
 from tests.triton_cases import (
     DEVICE,
     TRITON,
@@ -26,6 +26,11 @@ MOMENTUM: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "dampening": 0.4}
 
 def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
     return [make_weight(s, seed=seed + i).to(DEVICE, dtype) for i, s in enumerate(SHAPES)]
+
+
+def options_of(name: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an oracle takes of a group's options."""
+    return {key: group[key] for key in (*RULES[name][1], *AGC) if key in group}
 
 
 class Training:
@@ -60,14 +65,18 @@ class Training:
             p.grad = None if i in without else place(values)
         self._seed += 1
 
+    def oracle(self, p: Tensor, group: Mapping[str, Any]) -> Oracle:
+        """An oracle of one parameter as it is now."""
+        oracle = KernelOracle(self.name, [p], **options_of(self.name, group))
+        oracle.load([p], states_of(self.optimizer, [p]))
+        return oracle
+
     def step(self) -> None:
         """A step on the gradients there are."""
         expected = []
         for group in self.groups:
-            options = {key: group[key] for key in (*RULES[self.name][1], *AGC) if key in group}
             for p in group["params"]:
-                oracle = KernelOracle(self.name, [p], **options)
-                oracle.load([p], states_of(self.optimizer, [p]))
+                oracle = self.oracle(p, group)
                 oracle.step([p.grad])
                 expected.append((oracle, p))
         self.optimizer.step()

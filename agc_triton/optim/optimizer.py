@@ -6,7 +6,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from itertools import chain
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from pandas import DataFrame
@@ -23,6 +24,8 @@ from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, check_lo
 
 CLIPPING = 1e-2
 AGC_EPS = 1e-3
+
+Batches: TypeAlias = Iterator[tuple[TensorLists, Mapping[str, Any]]]
 
 
 AGC_DOC = """
@@ -218,25 +221,29 @@ class AGCOptimizer(Optimizer):
         if rest:
             for index, group in enumerate(self.param_groups):
                 self._check_step(group, index)
-        if not fits:
-            with whole_states(self.state):
+        with whole_states(self.state):
+            if not fits:
                 self._plan = dispatch.plan(self, self._plan)
-            if self._plan is not None:
-                dispatch.refreshed(self._plan.refresh(self))
-                rest = self._plan.rest(self.param_groups)
+                if self._plan is not None:
+                    dispatch.refreshed(self._plan.refresh(self))
+                    rest = self._plan.rest(self.param_groups)
+            # A host sync on CUDA, as GradScaler itself has for optimizers it cannot fuse with.
+            if rest and found_inf is not None and found_inf.item():
+                rest = []
+            created = self._created(rest)
         if self._plan is not None:
             self._plan.run(scale, found_inf, capturing)
-        self._step_torch(rest, scale, found_inf)
+        self._step_torch(created, scale, found_inf)
 
     def _step_torch(
-        self, groups: list[dict[str, Any]], scale: Tensor | None, found_inf: Tensor | None
+        self,
+        created: list[tuple[dict[str, Any], Batches]],
+        scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
-        # Costs a host sync on CUDA, as GradScaler itself does for optimizers it cannot fuse with.
-        if not groups or (found_inf is not None and found_inf.item()):
-            return
         scale = None if scale is None else scale.reshape(())
-        for group in map(self._clipped, groups):
-            for lists, options in self._created(group):
+        for group, batches in created:
+            for lists, options in batches:
                 if group["clipping"]:
                     clip = Clip(*(group[key] for key in AGC_OPTIONS))
                     clip = clip._replace(skipped=self._skipping())
@@ -249,17 +256,16 @@ class AGCOptimizer(Optimizer):
                     lists = lists._replace(grads=[g / scale.to(g.device) for g in lists.grads])
                 self.rule.update(lists, options, **scaler)
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+    def _batches(self, group: dict[str, Any]) -> Batches:
         """What has a gradient, with its state (created by torch's `_init_group`) and options."""
         raise NotImplementedError
 
-    def _created(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
-        """The `_batches`, which create all states before the first of them: whole or not at all."""
-        batches = self._batches(group)
-        with whole_states(self.state):
-            first = next(batches)
-        yield first
-        yield from batches
+    def _created(self, groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Batches]]:
+        """The groups' `_batches`; all states of all groups are created before any is updated."""
+        clipped = list(map(self._clipped, groups))
+        batches = list(map(self._batches, clipped))
+        # A group's states are there with its first batch.
+        return [(group, chain([next(b)], b)) for group, b in zip(clipped, batches, strict=True)]
 
     def _skipping(self) -> SkippedUnits | None:
         """Where skipped units are counted, if they are skipped."""

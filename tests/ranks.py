@@ -1,0 +1,36 @@
+"""Functions run on two ranks of gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+RANKS = 2
+TIMEOUT = timedelta(minutes=1)  # where one rank fails and the other waits for it
+
+
+def _run(rank: int, work: Callable[[int], Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=TIMEOUT,
+    )
+    torch.save(work(rank), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What a function of a module returns on each rank."""
+    spawn: Any = mp.spawn  # type: ignore[attr-defined]  # torch.multiprocessing has no __all__
+    spawn(_run, (work, str(folder)), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
