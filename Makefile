@@ -26,7 +26,7 @@ test: $(INSTALLED)
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest
 
-# What takes minutes: thousands of steps.
+# What takes minutes: thousands of steps, many random sequences of operations.
 soak: $(INSTALLED)
 	$(PYTHON) -m pytest -m soak
 

@@ -97,7 +97,9 @@ class Loop(Training):
 
     def _param(self) -> Parameter:
         self.seed += 1
-        shape = self.draw([(3, 2), self.data.draw(hnp.array_shapes(min_dims=0, max_side=3))])
+        shape = self.data.draw(hnp.array_shapes(min_dims=0, max_dims=5, max_side=3))
+        # Some are alike, to be exchanged; some are empty, which kernels do not take.
+        shape = self.draw([(3, 2), shape, shape, (0, 2)])
         param = Parameter(torch.empty(shape, dtype=self.draw(self.dtypes), device=self.device))
         self._place(param, randn(shape, param.dtype, self.seed))
         self.kept[param] = param.detach().clone(), {}
@@ -124,10 +126,10 @@ class Loop(Training):
             self.seed += 1
             kind = self.draw(["like", "strided", "expanded", "partly expanded", "none"])
             values = make_grad(param.detach().cpu(), self.seed)
-            if kind in GRADS and values.numel():
-                param.grad = GRADS[kind](values.to(self.device))
-            elif kind == "none" or not param.requires_grad:
+            if kind == "none" or not param.requires_grad:
                 param.grad = None
+            elif kind in GRADS and values.numel():
+                param.grad = GRADS[kind](values.to(self.device))
             elif kind == "like":
                 param.grad = torch.empty_like(param).copy_(values)
             else:
@@ -141,18 +143,16 @@ class Loop(Training):
         if self.backend == "triton":
             oracle: Oracle = KernelOracle(self.name, [p], **options)
         else:
-            moments = [x for key, x in self.optimizer.state.get(p, {}).items() if key != "step"]
-            alike = self._dense(p) and all(x.stride() == p.stride() for x in moments)
+            # What is not dense, or laid out unlike its states, is not for torch's fused kernels.
+            states = self.optimizer.state.get(p, {})
+            laid_out = [torch.empty_like(p), *(x for key, x in states.items() if key != "step")]
+            alike = all(x.stride() == p.stride() for x in laid_out)
             fused = alike and group["clipping"] and not group["foreach"]
             mode = "default" if fused else "not fused"
             key = tolerance_key(p.dtype, self.name, options, mode)
             oracle = Oracle(self.name, [p], TOLERANCES[key], **options)
         oracle.load([value], [state])
         return oracle
-
-    @staticmethod
-    def _dense(tensor: Tensor) -> bool:
-        return torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)
 
     def step(self) -> None:
         for param in self.params:

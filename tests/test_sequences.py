@@ -56,7 +56,7 @@ def test_the_triton_path(name: str, dtypes: tuple[torch.dtype, ...], data: st.Da
 @pytest.mark.soak
 @all_dtypes
 @every_name
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_many_sequences_on_the_torch_path(
     name: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject
@@ -68,7 +68,7 @@ def test_many_sequences_on_the_torch_path(
 @interpreted
 @all_dtypes
 @every_name
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_many_sequences_on_the_triton_path(
     name: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject
