@@ -24,7 +24,7 @@ test: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
 
 # What takes minutes: thousands of steps, many random sequences of operations.
 soak: $(INSTALLED)

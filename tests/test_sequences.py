@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agc_triton import reference
+from agc_triton import blocks
 from tests.cases import NAMES
 from tests.sequences import NARROW, OPERATIONS, WIDE, Loop
 
@@ -32,8 +32,8 @@ def run(name: str, backend: str, dtypes: tuple[torch.dtype, ...], data: st.DataO
 def run_on_torch(name: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):  # blocks that cut units, nothing in batches
-            patch.setattr(reference, "BLOCK", 8)
-            patch.setattr(reference, "SMALL", 0)
+            patch.setattr(blocks, "BLOCK", 8)
+            patch.setattr(blocks, "SMALL", 0)
         run(name, "torch", dtypes, data)
 
 
