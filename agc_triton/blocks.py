@@ -26,8 +26,8 @@ class Piece(NamedTuple):
     """Whole units of one tensor, or a part of one unit, contiguous in memory.
 
     ``member`` is the tensor's index, ``views`` are its parameter, gradient and states. ``factors``
-    are the clip factors of the units, which are the views' last dimension but one; a 0-dim factor
-    is that of views that are one unit as they are.
+    are the clip factors of their units, which broadcast; a 0-dim factor is that of views that are
+    one unit as they are.
     """
 
     member: int
@@ -42,16 +42,19 @@ class Walk(NamedTuple):
     layout: UnitLayout
 
     def view(self, tensor: Tensor) -> Tensor:
-        """In memory order: contiguous if one unit, else (units, inner) or (outer, units, inner).
+        """In memory order, its units first: contiguous if one unit, else (outer, units, inner).
 
-        A view where the tensor's strides allow. Every call counts: between blocks that fill the
-        caches even the smallest takes some microseconds.
+        Units without an outer come as the tensor has them where they are its first dimension: every
+        view counts, between blocks that fill the caches even the smallest takes microseconds.
         """
+        outer, units, inner = self.layout
         if self.permutation is not None:
             tensor = tensor.permute(self.permutation)
-        if self.layout.units == 1:
+        if units == 1:
             return tensor.contiguous()
-        return tensor.reshape(self.layout if self.layout.outer > 1 else self.layout[1:])
+        if outer > 1:
+            return tensor.reshape(self.layout)
+        return tensor if tensor.shape[0] == units else tensor.reshape(units, inner)
 
 
 def find_walk(param: Tensor, states: Sequence[Tensor], unit_dim: int | None) -> Walk | None:
@@ -92,14 +95,14 @@ def blocks(
         clip: the AGC settings.
         grad_scale: divides the gradients first; the factors divide by it as well.
     """
-    packs = _Pack(_row_norms), _Pack(_one_unit_norms)
+    packs = _Pack(_row_norms, _row_factors), _Pack(_one_unit_norms, _one_unit_factors)
     for member, walk, views in walked:
         p, layout = views[0], walk.layout
         # A product with fp32 factors is fp32: 16 bits need the out= of a single piece.
         strided = layout.outer > 1 and layout.units > 1
         if strided or p.numel() > SMALL or p.dtype != norm_dtype(p.dtype):
             rows = [view.view(1, -1) for view in views] if layout.units == 1 else views
-            for part, factors in _parts(rows, clip, grad_scale):
+            for part, factors in _parts(rows, strided, clip, grad_scale):
                 yield [Piece(member, part, factors)]
             continue
         pack = packs[layout.units == 1]
@@ -115,11 +118,16 @@ Norms = Callable[[list[Tensor]], Tensor]
 
 
 class _Pack:
-    """Small tensors that make up a block; ``norms`` finds those of all their units at once."""
+    """Small tensors that make up a block.
 
-    def __init__(self, norms: Norms) -> None:
+    ``norms`` finds those of all their units, ``each`` gives every tensor its part of the factors.
+    """
+
+    def __init__(
+        self, norms: Norms, each: Callable[[Tensor, list[Tensor]], Iterable[Tensor]]
+    ) -> None:
         self.elements = 0
-        self._norms = norms
+        self._norms, self._each = norms, each
         self._members: list[tuple[int, Sequence[Tensor]]] = []
 
     def add(self, member: int, views: Sequence[Tensor]) -> None:
@@ -132,31 +140,35 @@ class _Pack:
         members, self._members, self.elements = self._members, [], 0
         params, grads = ([views[role] for _, views in members] for role in (0, 1))
         factors = _factors(self._norms, params, grads, clip, grad_scale)
-        sizes = [p.shape[0] for p in params] if factors.dim() > 1 else []
-        each = torch.split(factors, sizes) if sizes else factors.unbind()
-        pairs = zip(members, each, strict=True)
+        pairs = zip(members, self._each(factors, params), strict=True)
         return [Piece(member, tuple(views), own) for (member, views), own in pairs]
 
 
 def _parts(
-    views: Sequence[Tensor], clip: Clip, grad_scale: Tensor | None
+    views: Sequence[Tensor], strided: bool, clip: Clip, grad_scale: Tensor | None
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
     """Parts of one tensor, about equal, each with its units' factors."""
-    *outer, units, inner = views[0].shape
+    p = views[0]
+    dims = (0, 2) if strided else tuple(range(1, p.dim()))
 
     def norms(one: list[Tensor]) -> Tensor:
-        return unit_norms(one[0], (0, 2) if outer else (1,))
+        return unit_norms(one[0], dims)
 
-    if outer:
-        factors = _factors(norms, [views[0]], [views[1]], clip, grad_scale)
-        for part in _split(views, BLOCK // (units * inner), 0):
+    if strided:
+        factors = _factors(norms, [p], [views[1]], clip, grad_scale)
+        for part in _split(views, BLOCK // p[0].numel(), 0):
             yield part, factors
         return
-    number = -(-units * inner // BLOCK)
-    for whole in _split(views, -(-units // number), 0):
+    number = -(-p.numel() // BLOCK)
+    whole: Sequence[Tensor]
+    for whole in _split(views, -(-p.shape[0] // number), 0):
         factors = _factors(norms, [whole[0]], [whole[1]], clip, grad_scale)
-        for part in _split(whole, BLOCK, 1):
-            yield part, factors
+        if whole[0].shape[0] == 1:  # it may be longer than a block
+            whole, factors = [t.reshape(1, -1) for t in whole], factors.view(1, 1)
+            for part in _split(whole, BLOCK, 1):
+                yield part, factors
+        else:
+            yield tuple(whole), factors
 
 
 def _split(tensors: Sequence[Tensor], size: int, dim: int) -> Iterable[tuple[Tensor, ...]]:
@@ -167,13 +179,21 @@ def _split(tensors: Sequence[Tensor], size: int, dim: int) -> Iterable[tuple[Ten
 
 
 def _row_norms(tensors: list[Tensor]) -> Tensor:
-    """Norms of the rows of all tensors, one below the other."""
-    return torch.cat([unit_norms(t, (1,)) for t in tensors])
+    norms = [torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim()))) for t in tensors]
+    return torch.cat(norms)
+
+
+def _row_factors(factors: Tensor, tensors: list[Tensor]) -> Iterable[Tensor]:
+    each = torch.split(factors, [t.shape[0] for t in tensors])
+    return [f.view(-1, *[1] * (t.dim() - 1)) for f, t in zip(each, tensors, strict=True)]
 
 
 def _one_unit_norms(tensors: list[Tensor]) -> Tensor:
-    """Norms of the tensors, as a vector."""
     return torch.stack(torch._foreach_norm(tensors))
+
+
+def _one_unit_factors(factors: Tensor, tensors: list[Tensor]) -> Iterable[Tensor]:
+    return factors.unbind()
 
 
 def _factors(

@@ -60,21 +60,23 @@ class SkippedUnits:
 class Kept:
     """A copy of the units to leave alone, of parameters and states that an update overwrites.
 
-    ``factors`` are NaN for these units, whose dimension is the last but one of ``tensors``, or one
-    0-dim factor for tensors that are one unit.
+    ``factors`` are NaN for these units; they broadcast against the ``tensors`` along all dimensions
+    but the units' own. One 0-dim factor is that of contiguous tensors of one unit.
     """
 
     def __init__(self, tensors: Sequence[Tensor], factors: Tensor) -> None:
         if factors.dim() == 0:
             tensors = [t.view(1, -1) for t in tensors]
-        self._rows = factors.isnan().flatten().nonzero().flatten()
-        self._tensors = tensors if len(self._rows) else ()
-        self._values = [t.index_select(-2, self._rows) for t in self._tensors]
+        sizes = factors.shape or (1,)
+        self._dim = sizes.index(max(sizes))
+        self._at = factors.isnan().flatten().nonzero().flatten()
+        self._tensors = tensors if len(self._at) else ()
+        self._values = [t.index_select(self._dim, self._at) for t in self._tensors]
 
     def restore(self) -> None:
         """Put them back."""
         for tensor, values in zip(self._tensors, self._values, strict=True):
-            tensor.index_copy_(-2, self._rows, values)
+            tensor.index_copy_(self._dim, self._at, values)
 
 
 def update_others(update: Update, lists: TensorLists, bad: Sequence[Tensor]) -> None:
