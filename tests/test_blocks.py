@@ -96,13 +96,15 @@ def test_the_functional_form_follows_the_oracle(monkeypatch: pytest.MonkeyPatch,
         assert_within(param.grad, expected, tolerance.margin, f"gradient, blocks of {block}")
 
 
+@pytest.mark.parametrize("block", [8, 16, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_of_small_tensors(
-    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, block: int
 ) -> None:
     monkeypatch.setattr(blocks, "SMALL", 8)
-    shapes = ((7,), (8,), (9,), (), (8, 1, 1), (1, 9), (2, 4))
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    shapes = ((7,), (8,), (9,), (), (8, 1, 1), (1, 9), (2, 4), (2, 2, 2), (4, 2), (3, 3))
     check_steps(name, "default", [randn(shape, dtype, i) for i, shape in enumerate(shapes)])
 
 

@@ -27,10 +27,16 @@ OTHERS: dict[str, Callable[[Tensor], Tensor | None]] = {
 }
 
 
-@pytest.fixture(params=["guards", "no guards"])
+def made_otherwise(*_tensors: Tensor) -> None:
+    """Guards of another torch, which has other arguments."""
+
+
+@pytest.fixture(params=["guards", "no guards", "other guards"])
 def _guards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "no guards":
         monkeypatch.setattr(layouts, "TensorGuards", None)
+    elif request.param == "other guards":
+        monkeypatch.setattr(layouts, "TensorGuards", made_otherwise)
     else:
         assert layouts.TensorGuards is not None, "torch has moved them: see layouts.py"
 
