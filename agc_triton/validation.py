@@ -80,13 +80,7 @@ def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int
     Raises:
         RuntimeError: dtype, device or shape differ.
     """
-    for what in ("dtype", "device", "shape"):
-        ours, theirs = getattr(param, what), getattr(grad, what)
-        if ours != theirs:
-            raise RuntimeError(
-                f"the gradient's {what} ({theirs}) differs from the parameter's ({ours}) for"
-                f" {tensor_name(group, index, i)}; make them equal before step()"
-            )
+    _check_alike(param, grad, "the gradient's", "make them equal before step()", group, index, i)
 
 
 def check_states(
@@ -97,16 +91,28 @@ def check_states(
     Raises:
         RuntimeError: dtype, device or shape differ.
     """
+    remedy = "convert the state along with the parameter"
     for key, state in states.items():
-        if key == "step" or not isinstance(state, Tensor):
-            continue
-        for what in ("dtype", "device", "shape"):
-            ours, theirs = getattr(param, what), getattr(state, what)
-            if ours != theirs:
-                raise RuntimeError(
-                    f"{key}'s {what} ({theirs}) differs from the parameter's ({ours}) for"
-                    f" {tensor_name(group, index, i)}; convert the state along with the parameter"
-                )
+        if key != "step" and isinstance(state, Tensor):
+            _check_alike(param, state, f"{key}'s", remedy, group, index, i)
+
+
+def _check_alike(
+    param: Tensor,
+    other: Tensor,
+    whose: str,
+    remedy: str,
+    group: Mapping[str, Any],
+    index: int,
+    i: int,
+) -> None:
+    for what in ("dtype", "device", "shape"):
+        ours, theirs = getattr(param, what), getattr(other, what)
+        if ours != theirs:
+            raise RuntimeError(
+                f"{whose} {what} ({theirs}) differs from the parameter's ({ours}) for"
+                f" {tensor_name(group, index, i)}; {remedy}"
+            )
 
 
 def check_loaded(
