@@ -184,27 +184,31 @@ class FusedStep:
         if _structure(group) != self._structure[index] or self.rule.flags(group) != self.flags:
             return False
         check_options(group, f" in parameter group {index}")
-        clipping = group["clipping"] or math.inf
         sign = -1.0 if group.get("maximize") else 1.0
-        values = self.tables.host_values[index]
-        values[:FIXED_VALUES] = clipping, group["agc_eps"], sign
-        for k, value in enumerate(self.rule.hyper(group)):
-            on_device = (
-                isinstance(value, Tensor)
-                and value.device == self.tables.device
-                and (value.is_cuda or group.get("capturable"))
-            )
-            if on_device and value.dtype != torch.float32:
-                raise RuntimeError(
-                    f"a hyperparameter tensor on {value.device} must be float32, not"
-                    f" {value.dtype}, in parameter group {index}; convert it, or use a float"
-                )
-            self.tables.host_pointers[index, k] = value.data_ptr() if on_device else 0
-            values[FIXED_VALUES + k] = 0.5 if on_device else float(value)
+        values = [group["clipping"] or math.inf, group["agc_eps"], sign]
+        pointers = []
+        hyper = self.rule.hyper(group)
+        for value in hyper:
+            pointer = self._pointer(value, group, index) if isinstance(value, Tensor) else 0
+            pointers.append(pointer)
+            values.append(0.5 if pointer else float(value))
+        self.tables.host_values[index, : len(values)] = values
+        self.tables.host_pointers[index, : len(pointers)] = pointers
         self._groups[index] = options
-        self._tensors[index] = any(map(_holds_tensor, options.values()))
+        self._tensors[index] = any(isinstance(value, Tensor) for value in hyper)
         self._changed = True
         return True
+
+    def _pointer(self, value: Tensor, group: Mapping[str, Any], index: int) -> int:
+        """Where the kernels read a hyperparameter, or 0 if its value goes in the tables."""
+        if value.device != self.tables.device or not (value.is_cuda or group.get("capturable")):
+            return 0
+        if value.dtype != torch.float32:
+            raise RuntimeError(
+                f"a hyperparameter tensor on {value.device} must be float32, not"
+                f" {value.dtype}, in parameter group {index}; convert it, or use a float"
+            )
+        return value.data_ptr()
 
 
 def _layout(param: Tensor, group: Mapping[str, Any]) -> UnitLayout:
@@ -216,12 +220,6 @@ def _layout(param: Tensor, group: Mapping[str, Any]) -> UnitLayout:
 
 def _structure(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(group.get(key) for key in STRUCTURAL)
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (
-        isinstance(value, tuple) and any(map(_holds_tensor, value))
-    )
 
 
 def _identical(options: dict[str, Any], before: dict[str, Any]) -> bool:
