@@ -33,6 +33,10 @@ COLUMNS = [
 ]
 
 
+# Just under what glibc's threshold for blocks of their own grows to.
+LARGEST_KEPT = 31 << 20
+
+
 class Rounds(NamedTuple):
     """How often every provider makes a step: untimed first, then timed."""
 
@@ -53,6 +57,7 @@ def measure(
     device = workload.params[0].device
     size = sum(p.numel() * p.element_size() for p in workload.params)
     sets = sets_needed(set_bytes(optimizer, size), cache_bytes(device))
+    settle_allocator()
     rotation = Rotation(providers, workload, sets)
     times = _time_in_turns(rotation, device, rounds, optimizer)
     common = _common_columns(optimizer, workload, rounds.timed)
@@ -77,6 +82,16 @@ def measure(
             }
         )
     return _with_ratios(pd.DataFrame(rows))
+
+
+def settle_allocator() -> None:
+    """Let what is allocated on a CPU and freed be handed out again, as after a while of training.
+
+    glibc keeps blocks up to the largest one freed so far (32 MiB at most, mallopt(3)) and gives
+    larger ones back to the system: without this, what ran before in the same process would decide
+    how much the temporaries of the peers cost.
+    """
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8)
 
 
 def set_bytes(optimizer: str, size: int) -> int:
