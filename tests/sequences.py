@@ -167,7 +167,8 @@ class Loop(Training):
 
     def some(self) -> list[Tensor]:
         """One of the parameters, or all of them."""
-        return self.draw([*([p] for p in self.params), self.params])  # type: ignore[no-any-return]
+        chosen: list[Tensor] = self.draw([*([p] for p in self.params), self.params])
+        return chosen
 
     def again(self) -> None:
         """Another step on the gradients there are."""
