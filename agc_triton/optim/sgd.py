@@ -85,6 +85,6 @@ class SGD_AGC(AGCOptimizer, SGD):
         first = [i for i, buffer in enumerate(buffers) if buffer is None]
         for i in first:
             buffers[i] = self.state[params[i]]["momentum_buffer"] = torch.zeros_like(params[i])
-        later = [i for i in range(len(params)) if i not in set(first)]
+        later = sorted(set(range(len(params))).difference(first))
         yield lists.select(first), {**group, "is_first_step": True}
         yield lists.select(later), {**group, "is_first_step": False}
