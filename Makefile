@@ -28,7 +28,7 @@ test: $(INSTALLED)
 
 # What takes minutes: thousands of steps, many random sequences of operations.
 soak: $(INSTALLED)
-	$(PYTHON) -m pytest -m soak
+	$(PYTHON) -m pytest -m soak --numprocesses auto --dist worksteal
 
 # Lines and branches that the tests do not reach; docs/coverage.md says why.
 coverage: $(INSTALLED)

@@ -160,15 +160,14 @@ def _parts(
             yield part, factors
         return
     number = -(-p.numel() // BLOCK)
-    whole: Sequence[Tensor]
-    for whole in _split(views, -(-p.shape[0] // number), 0):
-        factors = _factors(norms, [whole[0]], [whole[1]], clip, grad_scale)
-        if whole[0].shape[0] == 1:  # it may be longer than a block
-            whole, factors = [t.reshape(1, -1) for t in whole], factors.view(1, 1)
-            for part in _split(whole, BLOCK, 1):
-                yield part, factors
-        else:
-            yield tuple(whole), factors
+    for rows in _split(views, -(-p.shape[0] // number), 0):
+        factors = _factors(norms, [rows[0]], [rows[1]], clip, grad_scale)
+        if rows[0].shape[0] > 1:
+            yield rows, factors
+            continue
+        # One unit alone may be longer than a block.
+        for part in _split([t.reshape(1, -1) for t in rows], BLOCK, 1):
+            yield part, factors.view(1, 1)
 
 
 def _split(tensors: Sequence[Tensor], size: int, dim: int) -> Iterable[tuple[Tensor, ...]]:
@@ -179,6 +178,7 @@ def _split(tensors: Sequence[Tensor], size: int, dim: int) -> Iterable[tuple[Ten
 
 
 def _row_norms(tensors: list[Tensor]) -> Tensor:
+    # In one vector, so without the sizes of 1 that `unit_norms` keeps.
     norms = [torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim()))) for t in tensors]
     return torch.cat(norms)
 

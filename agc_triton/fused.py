@@ -105,11 +105,10 @@ class FusedStep:
         params = [member.param for member in members]
         self.rule = rule
         self.flags = rule.flags(groups[members[0].group])
-        self.dtype = params[0].dtype
+        real = params[0].dtype.to_real()
         self.frozen = False
         # Addresses of step counts that are kept in optimizer.state.
         self.counted: list[int] = []
-        real = self.dtype.to_real()
         n_states = len(members[0].states)
         self._params, self._grads = Layouts(params), Gradients(params)
         roles = [params, *([m.states[s] for m in members] for s in range(n_states))]

@@ -24,9 +24,9 @@ class Layouts:
         self._guards: Any = None
 
     def fit(self, tensors: Sequence[Any]) -> bool:
-        """Whether each of these is dense memory with its shape, strides, dtype and device.
+        """Whether each of these has its shape, strides, dtype and device, and no lazy bits.
 
-        None and sparse tensors are not.
+        None and sparse tensors do not.
         """
         if self._guards is not None and self._guards.check(*tensors):
             return True

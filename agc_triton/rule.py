@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,6 +49,9 @@ class KernelRule(NamedTuple):
 
 
 Update = Callable[[TensorLists], None]
+
+# What an optimizer updates in one step of a group, each with the group's options.
+Batches = Iterator[tuple[TensorLists, Mapping[str, Any]]]
 
 
 class Rule(NamedTuple):

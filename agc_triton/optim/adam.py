@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim.adam import Adam, adam
 from torch.optim.adamw import adamw
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import KernelRule, Rule, TensorLists, Update
+from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,5 +78,5 @@ class Adam_AGC(AGCOptimizer, Adam):
 
     rule = ADAM
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+    def _batches(self, group: dict[str, Any]) -> Batches:
         yield adam_lists(self, group), group

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.optim.adamw import AdamW
 
 from agc_triton.optim.adam import ADAM, adam_lists
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import TensorLists
+from agc_triton.rule import Batches
 
 
 class AdamW_AGC(AGCOptimizer, AdamW):
@@ -17,6 +16,6 @@ class AdamW_AGC(AGCOptimizer, AdamW):
 
     rule = ADAM
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+    def _batches(self, group: dict[str, Any]) -> Batches:
         # torch 2.6 keeps no such key in AdamW's groups.
         yield adam_lists(self, group), {**group, "decoupled_weight_decay": True}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from pandas import DataFrame
@@ -19,13 +19,11 @@ from agc_triton import dispatch, reference
 from agc_triton.explain import explain
 from agc_triton.nonfinite import SkippedUnits, check_finite, check_nonfinite
 from agc_triton.plan import OptimizerPlan
-from agc_triton.rule import Clip, Rule, TensorLists
+from agc_triton.rule import Batches, Clip, Rule
 from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, check_loaded, tensor_name
 
 CLIPPING = 1e-2
 AGC_EPS = 1e-3
-
-Batches: TypeAlias = Iterator[tuple[TensorLists, Mapping[str, Any]]]
 
 
 AGC_DOC = """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.rmsprop import RMSprop, rmsprop
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import KernelRule, Rule, TensorLists, Update
+from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update
 
 _FLAGS = ("foreach", "maximize", "differentiable", "capturable")
 _OPTIONS = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
@@ -83,7 +83,7 @@ class RMSprop_AGC(AGCOptimizer, RMSprop):
 
     rule = Rule(_update, _fused, KernelRule("rmsprop", _flags, _states, _hyper))
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+    def _batches(self, group: dict[str, Any]) -> Batches:
         params, grads, square_avgs, buffers, grad_avgs, steps = lists = [
             list[Tensor]() for _ in range(6)
         ]

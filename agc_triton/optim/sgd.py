@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.sgd import SGD, sgd
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import KernelRule, Rule, TensorLists, Update
+from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update
 
 _OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
 
@@ -69,7 +69,7 @@ class SGD_AGC(AGCOptimizer, SGD):
             group.setdefault("fused", None)
         super().__setstate__(state)
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[TensorLists, Mapping[str, Any]]]:
+    def _batches(self, group: dict[str, Any]) -> Batches:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         buffers: list[Any] = []
