@@ -8,6 +8,10 @@ from torch import Tensor
 from agc_triton.rule import Clip
 
 
+# Gradient norms are not taken for smaller than this when they divide (the authors' code).
+SMALLEST = 1e-6
+
+
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64 and complex128, fp32 for everything narrower."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
@@ -25,11 +29,14 @@ def unit_norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
 def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
     """What each unit's gradient is multiplied with: 1 up to the limit, limit / ||g|| above it.
 
-    Source: Brock et al. 2021 (arXiv 2102.06171), equation 3; 1e-6 as in the authors' code. A unit
-    to be skipped has the factor NaN, which no other has.
+    Source: Brock et al. 2021 (arXiv 2102.06171), equation 3. Where a norm is NaN it is 1. A unit to
+    be skipped has the factor NaN, which no other has.
     """
     limit = p_norm.clamp(min=clip.agc_eps).mul_(clip.clipping)
-    factors = torch.where(g_norm > limit, limit / g_norm.clamp(min=1e-6), 1.0)
+    factors = (limit / g_norm.clamp(min=SMALLEST)).clamp_(max=1.0).nan_to_num_(nan=1.0)
+    # Only under so small a limit can the ratio be below 1 where the norm is not over the limit.
+    if clip.clipping * clip.agc_eps < 2 * SMALLEST:
+        factors = torch.where(g_norm > limit, factors, 1.0)
     if clip.skipped is not None:
         factors.masked_fill_(clip.skipped.find(g_norm), torch.nan)
     return factors
