@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -22,24 +25,16 @@ SMALL = 1 << 16
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Piece(NamedTuple):
-    """Whole units of one tensor, or a part of one unit, contiguous in memory.
-
-    ``member`` is the tensor's index, ``views`` are its parameter, gradient and states. ``factors``
-    are the clip factors of their units, which broadcast; a 0-dim factor is that of views that are
-    one unit as they are.
-    """
-
-    member: int
-    views: tuple[Tensor, ...]
-    factors: Tensor
-
-
 class Walk(NamedTuple):
     """How a tensor is walked: how its dimensions are permuted to be contiguous, and its units."""
 
     permutation: tuple[int, ...] | None
     layout: UnitLayout
+
+    @property
+    def strided(self) -> bool:
+        """Whether a unit lies in several places."""
+        return self.layout.outer > 1 and self.layout.units > 1
 
     def view(self, tensor: Tensor) -> Tensor:
         """In memory order, its units first: contiguous if one unit, else (outer, units, inner).
@@ -81,134 +76,169 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN and tensor.is_cpu and not tensor.is_neg()
 
 
-Walked = tuple[int, Walk, Sequence[Tensor]]
+class Cut(NamedTuple):
+    """Part of a tensor, contiguous in memory if the tensor is walked as it lies there.
+
+    ``rows`` and ``columns`` are start and size along the first two dimensions of its walk's view,
+    and ``flat`` makes one row of what is between them; None and False leave it as it is.
+    """
+
+    member: int
+    walk: Walk
+    rows: tuple[int, int] | None = None
+    flat: bool = False
+    columns: tuple[int, int] | None = None
+
+    def of(self, tensors: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
+        """The part of the ``member``-th tensor."""
+        view = self.walk.view(tensors[self.member])
+        if self.rows is not None:
+            view = view.narrow(0, *self.rows)
+        if self.flat:
+            view = view.reshape(1, -1)
+        return view if self.columns is None else view.narrow(1, *self.columns)
+
+
+class Part(NamedTuple):
+    """What one call updates: parts of tensors, and views of their parameters and states by role."""
+
+    cuts: list[Cut]
+    params: list[Tensor]
+    states: list[list[Tensor]]
+
+
+class Block(NamedTuple):
+    """Whole units: what their norms are taken of, and the parts that they are updated in.
+
+    ``norms`` finds those of all units, in one vector or of the shape of their factors; ``each``
+    gives every tensor of a part its factors, which broadcast.
+    """
+
+    cuts: list[Cut]
+    params: list[Tensor]
+    parts: list[Part]
+    norms: Callable[[list[Tensor]], Tensor]
+    each: Callable[[Tensor], list[Tensor]]
+
+    def factors(self, grads: list[Tensor], clip: Clip, grad_scale: Tensor | None) -> list[Tensor]:
+        """The factors of each tensor of a part; they divide by ``grad_scale`` as well.
+
+        A 0-dim factor is that of tensors that are one unit as they are.
+        """
+        p_norms = self.norms(self.params)
+        if grad_scale is None:
+            return self.each(clip_factors(p_norms, self.norms(grads), clip))
+        if clip.skipped is None:
+            g_norms = self.norms(grads) / grad_scale
+        else:  # the squares of what is unscaled decide, as in the kernels
+            g_norms = self.norms([g.to(norm_dtype(g.dtype)) / grad_scale for g in grads])
+        return self.each(clip_factors(p_norms, g_norms, clip) / grad_scale)
 
 
 def blocks(
-    walked: Iterable[Walked], clip: Clip, grad_scale: Tensor | None
-) -> Iterator[list[Piece]]:
-    """Blocks of about `BLOCK` elements: one piece of a large tensor, or several small tensors.
+    walks: Mapping[int, Walk], params: Sequence[Tensor], states: Sequence[Sequence[Tensor]]
+) -> list[Block]:
+    """Blocks of about `BLOCK` elements: a part of a large tensor each, or several small tensors.
 
     Args:
-        walked: index, walk and views (of parameter, gradient, states) of tensors of one dtype;
-            taken one by one.
-        clip: the AGC settings.
-        grad_scale: divides the gradients first; the factors divide by it as well.
+        walks: of parameters of one dtype, by their index.
+        params: all parameters.
+        states: a list per role, as long as ``params``.
     """
-    packs = _Pack(_row_norms, _row_factors), _Pack(_one_unit_norms, _one_unit_factors)
-    for member, walk, views in walked:
-        p, layout = views[0], walk.layout
-        # A product with fp32 factors is fp32: 16 bits need the out= of a single piece.
-        strided = layout.outer > 1 and layout.units > 1
-        if strided or p.numel() > SMALL or p.dtype != norm_dtype(p.dtype):
-            rows = [view.view(1, -1) for view in views] if layout.units == 1 else views
-            for part, factors in _parts(rows, strided, clip, grad_scale):
-                yield [Piece(member, part, factors)]
+
+    def part(cuts: list[Cut]) -> Part:
+        return Part(
+            cuts,
+            [cut.of(params) for cut in cuts],
+            [[cut.of(role) for cut in cuts] for role in states],
+        )
+
+    found: list[Block] = []
+    small: list[Cut] = []
+    elements = 0
+    for member, walk in walks.items():
+        size, dtype = params[member].numel(), params[member].dtype
+        # A product with fp32 factors is fp32: 16 bits need the out= of a single tensor.
+        if walk.strided or size > SMALL or dtype != norm_dtype(dtype):
+            for whole, pieces in _cut(Cut(member, walk)):
+                p = whole.of(params)
+                dims = (0, 2) if walk.strided else tuple(range(1, p.dim()))
+                norms = partial(_norms_of_one, dims=dims)
+                found.append(
+                    Block([whole], [p], [part([c]) for c in pieces], norms, _factors_of_one)
+                )
             continue
-        pack = packs[layout.units == 1]
-        if pack.elements + p.numel() > BLOCK:
-            yield pack.take(clip, grad_scale)
-        pack.add(member, views)
-    for pack in packs:
-        if pack.elements:
-            yield pack.take(clip, grad_scale)
+        if elements + size > BLOCK and small:
+            found.append(_pack(part, small))
+            small, elements = [], 0
+        small.append(Cut(member, walk))
+        elements += size
+    if small:
+        found.append(_pack(part, small))
+    return found
 
 
-Norms = Callable[[list[Tensor]], Tensor]
-
-
-class _Pack:
-    """Small tensors that make up a block.
-
-    ``norms`` finds those of all their units, ``each`` gives every tensor its part of the factors.
-    """
-
-    def __init__(
-        self, norms: Norms, each: Callable[[Tensor, list[Tensor]], Iterable[Tensor]]
-    ) -> None:
-        self.elements = 0
-        self._norms, self._each = norms, each
-        self._members: list[tuple[int, Sequence[Tensor]]] = []
-
-    def add(self, member: int, views: Sequence[Tensor]) -> None:
-        """Put one more in."""
-        self.elements += views[0].numel()
-        self._members.append((member, views))
-
-    def take(self, clip: Clip, grad_scale: Tensor | None) -> list[Piece]:
-        """Everything; nothing is left."""
-        members, self._members, self.elements = self._members, [], 0
-        params, grads = ([views[role] for _, views in members] for role in (0, 1))
-        factors = _factors(self._norms, params, grads, clip, grad_scale)
-        pairs = zip(members, self._each(factors, params), strict=True)
-        return [Piece(member, tuple(views), own) for (member, views), own in pairs]
-
-
-def _parts(
-    views: Sequence[Tensor], strided: bool, clip: Clip, grad_scale: Tensor | None
-) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Parts of one tensor, about equal, each with its units' factors."""
-    p = views[0]
-    dims = (0, 2) if strided else tuple(range(1, p.dim()))
-
-    def norms(one: list[Tensor]) -> Tensor:
-        return unit_norms(one[0], dims)
-
-    if strided:
-        factors = _factors(norms, [p], [views[1]], clip, grad_scale)
-        for part in _split(views, BLOCK // p[0].numel(), 0):
-            yield part, factors
+def _cut(cut: Cut) -> Iterator[tuple[Cut, list[Cut]]]:
+    """A tensor's units, cut evenly into blocks; of each the whole and the parts to update."""
+    outer, units, inner = cut.walk.layout
+    if cut.walk.strided:
+        yield cut, [cut._replace(rows=r) for r in _even(outer, BLOCK // (units * inner))]
         return
-    number = -(-p.numel() // BLOCK)
-    for rows in _split(views, -(-p.shape[0] // number), 0):
-        factors = _factors(norms, [rows[0]], [rows[1]], clip, grad_scale)
-        if rows[0].shape[0] > 1:
-            yield rows, factors
-            continue
+    if units == 1:
+        cut = cut._replace(flat=True)
+    length = outer * inner
+    for start, size in _even(units, -(-units // -(-units * length // BLOCK))):
+        whole = cut if size == units else cut._replace(rows=(start, size))
         # One unit alone may be longer than a block.
-        for part in _split([t.reshape(1, -1) for t in rows], BLOCK, 1):
-            yield part, factors.view(1, 1)
+        if size > 1 or length <= BLOCK:
+            yield whole, [whole]
+        else:
+            flat = whole._replace(flat=True)
+            yield flat, [flat._replace(columns=c) for c in _even(length, BLOCK)]
 
 
-def _split(tensors: Sequence[Tensor], size: int, dim: int) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors themselves where they are small enough, else parts of ``size`` >= 1 of each."""
-    if tensors[0].shape[dim] <= max(1, size):
-        return [tuple(tensors)]
-    return zip(*(torch.split(t, max(1, size), dim) for t in tensors), strict=True)
+def _even(length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Start and size of parts of ``size`` >= 1 each, and what is left."""
+    size = max(1, size)
+    for start in range(0, length, size):
+        yield start, min(size, length - start)
 
 
-def _row_norms(tensors: list[Tensor]) -> Tensor:
-    # In one vector, so without the sizes of 1 that `unit_norms` keeps.
-    norms = [torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim()))) for t in tensors]
-    return torch.cat(norms)
+def _norms_of_one(tensors: list[Tensor], dims: tuple[int, ...]) -> Tensor:
+    return unit_norms(tensors[0], dims)
 
 
-def _row_factors(factors: Tensor, tensors: list[Tensor]) -> Iterable[Tensor]:
-    each = torch.split(factors, [t.shape[0] for t in tensors])
-    return [f.view(-1, *[1] * (t.dim() - 1)) for f, t in zip(each, tensors, strict=True)]
+def _factors_of_one(factors: Tensor) -> list[Tensor]:
+    return [factors]
 
 
-def _one_unit_norms(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors))
+def _pack(part: Callable[[list[Cut]], Part], small: Sequence[Cut]) -> Block:
+    """One block of small tensors, with one norm operation for all whose units look alike."""
+    views = part(list(small)).params
+    alike: defaultdict[tuple[bool, torch.Size], list[int]] = defaultdict(list)
+    for i, (cut, p) in enumerate(zip(small, views, strict=True)):
+        one_unit = cut.walk.layout.units == 1
+        alike[one_unit, p.shape if one_unit else p.shape[1:]].append(i)
+    order = [i for those in alike.values() for i in those]
+    runs = [(len(those), one_unit) for (one_unit, _), those in alike.items()]
 
+    def norms(tensors: list[Tensor]) -> Tensor:
+        left = iter(tensors)
+        found = []
+        for count, one_unit in runs:
+            joined = (torch.stack if one_unit else torch.cat)(list(islice(left, count)))
+            found.append(unit_norms(joined, tuple(range(1, joined.dim()))).flatten())
+        return torch.cat(found)
 
-def _one_unit_factors(factors: Tensor, tensors: list[Tensor]) -> Iterable[Tensor]:
-    return factors.unbind()
+    sizes = [small[i].walk.layout.units for i in order]
+    shapes = [
+        () if units == 1 else (-1, *[1] * (views[i].dim() - 1))
+        for i, units in zip(order, sizes, strict=True)
+    ]
 
+    def each(factors: Tensor) -> list[Tensor]:
+        split = torch.split(factors, sizes)
+        return [f.view(shape) for f, shape in zip(split, shapes, strict=True)]
 
-def _factors(
-    norms: Norms,
-    params: list[Tensor],
-    grads: list[Tensor],
-    clip: Clip,
-    grad_scale: Tensor | None,
-) -> Tensor:
-    """Factors of all units of one block, in the order of their ``norms``."""
-    p_norms = norms(params)
-    if grad_scale is None:
-        return clip_factors(p_norms, norms(grads), clip)
-    if clip.skipped is None:
-        g_norms = norms(grads) / grad_scale
-    else:  # the squares of what is unscaled decide, as in the kernels
-        g_norms = norms([g.to(norm_dtype(g.dtype)) / grad_scale for g in grads])
-    return clip_factors(p_norms, g_norms, clip) / grad_scale
+    whole = part([small[i] for i in order])
+    return Block(whole.cuts, whole.params, [whole], norms, each)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from agc_triton.rule import Clip
 
-
 # Gradient norms are not taken for smaller than this when they divide (the authors' code).
 SMALLEST = 1e-6
+
+ZERO = torch.zeros((), device="cpu")
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,11 +33,18 @@ def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
     Source: Brock et al. 2021 (arXiv 2102.06171), equation 3. Where a norm is NaN it is 1. A unit to
     be skipped has the factor NaN, which no other has.
     """
-    limit = p_norm.clamp(min=clip.agc_eps).mul_(clip.clipping)
-    factors = (limit / g_norm.clamp(min=SMALLEST)).clamp_(max=1.0).nan_to_num_(nan=1.0)
-    # Only under so small a limit can the ratio be below 1 where the norm is not over the limit.
-    if clip.clipping * clip.agc_eps < 2 * SMALLEST:
-        factors = torch.where(g_norm > limit, factors, 1.0)
+    if clip.clipping * clip.agc_eps >= 2 * SMALLEST and _is_plain(p_norm):
+        # No norm over such a limit needs the guard, so NaN and infinity are all there is to mind:
+        # the same numbers in fewer operations, each of which costs a block microseconds.
+        ratios = torch.addcdiv(ZERO, p_norm.clamp(min=clip.agc_eps), g_norm, value=clip.clipping)
+        factors = ratios.clamp_(max=1.0).nan_to_num_(nan=1.0)
+    else:
+        limit = p_norm.clamp(min=clip.agc_eps).mul_(clip.clipping)
+        factors = torch.where(g_norm > limit, limit / g_norm.clamp(min=SMALLEST), 1.0)
     if clip.skipped is not None:
         factors.masked_fill_(clip.skipped.find(g_norm), torch.nan)
     return factors
+
+
+def _is_plain(norms: Tensor) -> bool:
+    return type(norms) is Tensor and norms.is_cpu and not torch.is_grad_enabled()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agc_triton.blocks import Piece, Walk, Walked, blocks, find_walk
+from agc_triton.block_plan import BlockPlan, Run
+from agc_triton.blocks import Part, Walk, blocks, find_walk
 from agc_triton.nonfinite import Kept, update_others
 from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
@@ -22,6 +23,7 @@ from agc_triton.units import norm_dims
 
 def step(
     rule: Rule,
+    plan: BlockPlan,
     lists: TensorLists,
     group: Mapping[str, Any],
     clip: Clip,
@@ -31,51 +33,32 @@ def step(
 
     ``grad_scale`` (0-dim or one element) divides the gradients first, as torch.amp.GradScaler asks.
     """
-    walks, whole = _partition(lists, group, clip)
-    if lists.steps and walks:
+    if lists.steps and plan.counted:
         # With alpha the number is made a tensor once, not once per step count.
         one = torch.ones((), device="cpu")
-        torch._foreach_add_([lists.steps[i] for i in walks], one, alpha=1)
-    by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
-    for i in walks:
-        by_dtype[lists.params[i].dtype].append(i)
-    for dtype, indices in by_dtype.items():
-        update = _counted_update(rule, group, dtype)
-        _step_blocks(update, lists, {i: walks[i] for i in indices}, clip, grad_scale)
-    if whole:
-        _step_whole(rule.update, lists.select(whole), group, clip, grad_scale)
+        torch._foreach_add_([lists.steps[i] for i in plan.counted], one, alpha=1)
+    for run in plan.runs:
+        update = _counted_update(rule, group, run.dtype)
+        _step_blocks(update, run, lists, clip, grad_scale)
+    if plan.whole:
+        _step_whole(rule.update, lists.select(plan.whole), group, clip, grad_scale)
 
 
 def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
     """Scale dense gradients in place; a unit at or under its limit keeps its bits."""
-    by_dtype: defaultdict[torch.dtype, list[Walked]] = defaultdict(list)
-    for i, param in enumerate(params):
-        grad: Any = param.grad
+    grads: list[Any] = [param.grad for param in params]
+    by_dtype: defaultdict[torch.dtype, dict[int, Walk]] = defaultdict(dict)
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         walk = find_walk(param, [grad], clip.unit_dim)
         if walk is None:
             grad.mul_(_tensor_factors(param, grad, clip))
         else:
-            by_dtype[param.dtype].append((i, walk, [walk.view(param), walk.view(grad)]))
-    for walked in by_dtype.values():
-        for block in blocks(walked, clip, None):
-            torch._foreach_mul_([piece.views[1] for piece in block], [p.factors for p in block])
-
-
-def _partition(
-    lists: TensorLists, group: Mapping[str, Any], clip: Clip
-) -> tuple[dict[int, Walk], list[int]]:
-    """Which parameters go in blocks, and which whole."""
-    walks: dict[int, Walk] = {}
-    whole: list[int] = []
-    whatever = group.get("foreach") or group.get("differentiable")
-    roles = [role for role in lists.states if role]
-    for i, param in enumerate(lists.params):
-        walk = None if whatever else find_walk(param, [role[i] for role in roles], clip.unit_dim)
-        if walk is None:
-            whole.append(i)
-        else:
-            walks[i] = walk
-    return walks, whole
+            by_dtype[param.dtype][i] = walk
+    for walks in by_dtype.values():
+        for block in blocks(walks, params, [grads]):
+            factors = block.factors([cut.of(grads) for cut in block.cuts], clip, None)
+            for part in block.parts:
+                torch._foreach_mul_(part.states[0], factors)
 
 
 def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
@@ -95,31 +78,45 @@ def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) ->
 
 
 def _step_blocks(
-    update: Update,
-    lists: TensorLists,
-    walks: Mapping[int, Walk],
-    clip: Clip,
-    grad_scale: Tensor | None,
+    update: Update, run: Run, lists: TensorLists, clip: Clip, grad_scale: Tensor | None
 ) -> None:
-    """Tensors of one dtype, block after block: norms, scaled gradients, torch's update."""
-    roles = [role for role in lists.states if role]
-    walked = (
-        (i, walk, [walk.view(t) for t in (lists.params[i], lists.grads[i], *(r[i] for r in roles))])
-        for i, walk in walks.items()
-    )
+    """Block after block: norms, scaled gradients, torch's update."""
+    own = {i: _in_order_of(lists.params[i], lists.grads[i]) for i in run.indices}
     scratch = _Scratch()
-    for block in blocks(walked, clip, grad_scale):
-        grads = scratch.clipped(block)
-        params, _, *states = map(list, zip(*(piece.views for piece in block), strict=True))
-        left = iter(states)
-        by_role = tuple(next(left) if role else [] for role in lists.states)
-        steps = [lists.steps[piece.member] for piece in block] if lists.steps else []
-        kept = []
-        if clip.skipped is not None:
-            kept = [Kept((piece.views[0], *piece.views[2:]), piece.factors) for piece in block]
-        update(TensorLists(params, grads, by_role, steps))
-        for units in kept:
-            units.restore()
+    for block in run.blocks:
+        grads = [cut.of(own) for cut in block.cuts]
+        factors = block.factors(grads, clip, grad_scale)
+        for part in block.parts:
+            if part.cuts is not block.cuts:
+                grads = [cut.of(own) for cut in part.cuts]
+            clipped = scratch.clipped(grads, factors)
+            _step_part(update, part, clipped, factors, lists, clip)
+
+
+def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, laid out in memory as its parameter is."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+
+
+def _step_part(
+    update: Update,
+    part: Part,
+    grads: list[Tensor],
+    factors: list[Tensor],
+    lists: TensorLists,
+    clip: Clip,
+) -> None:
+    """Update a part with its clipped gradients; units to be skipped are put back."""
+    kept = []
+    if clip.skipped is not None:
+        views = zip(part.params, *part.states, strict=True)
+        kept = [Kept(own, factor) for own, factor in zip(views, factors, strict=True)]
+    left = iter(part.states)
+    by_role = tuple(next(left) if role else [] for role in lists.states)
+    steps = [lists.steps[cut.member] for cut in part.cuts] if lists.steps else []
+    update(TensorLists(part.params, grads, by_role, steps))
+    for units in kept:
+        units.restore()
 
 
 class _Scratch:
@@ -134,13 +131,11 @@ class _Scratch:
         self._memory: Tensor | None = None
         self._views: dict[torch.Size, Tensor] = {}
 
-    def clipped(self, block: list[Piece]) -> list[Tensor]:
-        """The block's gradients times their factors, contiguous."""
-        if len(block) > 1:
-            grads = [piece.views[1].contiguous() for piece in block]
-            return list(torch._foreach_mul(grads, [piece.factors for piece in block]))
-        ((_, (_, grad, *_), factors),) = block
-        return [torch.mul(grad, factors, out=self._like(grad))]
+    def clipped(self, grads: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+        """The gradients times their factors."""
+        if len(grads) > 1:
+            return list(torch._foreach_mul(grads, factors))
+        return [torch.mul(grads[0], factors[0], out=self._like(grads[0]))]
 
     def _like(self, block: Tensor) -> Tensor:
         shape, size = block.shape, block.numel()

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from agc_triton import dispatch, reference
+from agc_triton.block_plan import BlockPlans
 from agc_triton.explain import explain
 from agc_triton.nonfinite import SkippedUnits, check_finite, check_nonfinite
 from agc_triton.plan import OptimizerPlan
@@ -101,6 +102,7 @@ class AGCOptimizer(Optimizer):
         dispatch.check_backend(backend)
         check_nonfinite(nonfinite)
         self.backend, self.nonfinite, self._skipped = backend, nonfinite, SkippedUnits()
+        self._block_plans = BlockPlans()
         self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         torch_init: Any = super().__init__
         torch_init(params, *args, **kwargs)
@@ -140,6 +142,7 @@ class AGCOptimizer(Optimizer):
         before = kept.get("param_groups", [])
         try:
             super().__setstate__(state)
+            self._block_plans = BlockPlans()  # old ones keep the memory of the states replaced
             self._fill_groups(before)
             if kept:
                 for index, group in enumerate(self.param_groups):
@@ -240,12 +243,13 @@ class AGCOptimizer(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         scale = None if scale is None else scale.reshape(())
-        for group, batches in created:
-            for lists, options in batches:
+        for index, (group, batches) in enumerate(created):
+            for at, (lists, options) in enumerate(batches):
                 if group["clipping"]:
                     clip = Clip(*(group[key] for key in AGC_OPTIONS))
                     clip = clip._replace(skipped=self._skipping())
-                    reference.step(self.rule, lists, options, clip, scale)
+                    plan = self._block_plans.get((index, at), lists, options, clip)
+                    reference.step(self.rule, plan, lists, options, clip, scale)
                     continue
                 if scale is None or group.get("fused"):
                     scaler = {"grad_scale": scale, "found_inf": found_inf}
