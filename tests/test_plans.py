@@ -36,6 +36,8 @@ from tests.triton_training import (
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
+
 
 def test_kept_while_gradients_and_values_change() -> None:
     training = Training("AdamW", make_params(), **ADAMW)
@@ -74,9 +76,10 @@ def test_tables_are_copied_only_when_they_change(
         assert len(uploads) == expected
 
 
+@BACKENDS
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_come_and_go(name: str) -> None:
-    training = Training(name, make_params(), **STATEFUL[name])
+def test_gradients_come_and_go(backend: str, name: str) -> None:
+    training = Training(name, make_params(), **STATEFUL[name], backend=backend)
     for without in ([0, 1, 2], [1, 2], [0, 2], [0, 1, 2], [1], []):
         training.move_grads(without)
         training.step()
@@ -103,10 +106,18 @@ VALUES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
-@pytest.mark.parametrize(("name", "change"), VALUES, ids=str)
-def test_options_change(name: str, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("backend", "name", "change"),
+    [
+        *(("triton", *case) for case in VALUES),
+        # torch.optim itself refuses capturable on a CPU.
+        *(("torch", *case) for case in VALUES if "capturable" not in case[1]),
+    ],
+    ids=str,
+)
+def test_options_change(backend: str, name: str, change: dict[str, Any]) -> None:
     options = {"SGD": MOMENTUM, "RMSprop": STATEFUL["RMSprop"]}.get(name, ADAMW)
-    training = Training(name, make_params(), **options)
+    training = Training(name, make_params(), **options, backend=backend)
     training.train()
     training.groups[0].update(change)
     training.train()
@@ -133,20 +144,24 @@ CHANGED_IN_PLACE: list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] =
 ]
 
 
+@BACKENDS
 @pytest.mark.parametrize(
     ("options", "change"), CHANGED_IN_PLACE, ids=["lr", "lr of shape (1,)", "betas", "betas alone"]
 )
 def test_options_change_in_place(
-    options: dict[str, Any], change: Callable[[dict[str, Any]], Any]
+    backend: str, options: dict[str, Any], change: Callable[[dict[str, Any]], Any]
 ) -> None:
-    training = Training("AdamW", make_params(), **{**ADAMW, **copy.deepcopy(options)})
+    training = Training(
+        "AdamW", make_params(), **{**ADAMW, **copy.deepcopy(options)}, backend=backend
+    )
     training.train()
     change(training.groups[0])
     training.train()
 
 
-def test_groups_are_added() -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+@BACKENDS
+def test_groups_are_added(backend: str) -> None:
+    training = Training("AdamW", make_params(), **ADAMW, backend=backend)
     training.train()
     more = make_params(seed=7)
     training.optimizer.add_param_group({"params": more[:2], "lr": 0.25, "clipping": 0.5})
@@ -155,8 +170,9 @@ def test_groups_are_added() -> None:
     training.train(2)
 
 
-def test_parameters_move_to_other_memory() -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+@BACKENDS
+def test_parameters_move_to_other_memory(backend: str) -> None:
+    training = Training("AdamW", make_params(), **ADAMW, backend=backend)
     training.train()
     left = [p.detach() for p in training.params]
     values = copy.deepcopy(left)
@@ -173,16 +189,18 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def test_parameters_are_transposed_and_nothing_else() -> None:
-    training = Training("SGD", [make_weight((4, 4)).float().to(DEVICE)], lr=0.5)
+@BACKENDS
+def test_parameters_are_transposed_and_nothing_else(backend: str) -> None:
+    training = Training("SGD", [make_weight((4, 4)).float().to(DEVICE)], lr=0.5, backend=backend)
     training.train()
     (param,) = training.params
     param.data = param.data.t()
     training.step()
 
 
-def test_a_parameter_narrowed_where_it_is_leaves_the_rest_alone() -> None:
-    training = Training("SGD", [make_weight((4, 4)).float().to(DEVICE)], lr=0.5)
+@BACKENDS
+def test_a_parameter_narrowed_where_it_is_leaves_the_rest_alone(backend: str) -> None:
+    training = Training("SGD", [make_weight((4, 4)).float().to(DEVICE)], lr=0.5, backend=backend)
     training.train()
     (param,) = training.params
     whole, before = param.data, param.detach().clone()
@@ -192,10 +210,11 @@ def test_a_parameter_narrowed_where_it_is_leaves_the_rest_alone() -> None:
     assert torch.equal(whole, before)
 
 
+@BACKENDS
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("view", VIEWS)
-def test_parameters_change_shape_where_they_are(name: str, view: str) -> None:
-    training = Training(name, [make_weight((4, 4)).float().to(DEVICE)], lr=0.5)
+def test_parameters_change_shape_where_they_are(backend: str, name: str, view: str) -> None:
+    training = Training(name, [make_weight((4, 4)).float().to(DEVICE)], lr=0.5, backend=backend)
     training.train()
     (param,) = training.params
     assert param.grad is not None
@@ -219,8 +238,9 @@ def test_parameters_change_dtype_where_they_are() -> None:
     training.step()
 
 
-def test_parameters_are_frozen_and_thawed() -> None:
-    training = Training("AdamW", [Parameter(p) for p in make_params()], **ADAMW)
+@BACKENDS
+def test_parameters_are_frozen_and_thawed(backend: str) -> None:
+    training = Training("AdamW", [Parameter(p) for p in make_params()], **ADAMW, backend=backend)
     training.train()
     training.params[1].requires_grad_(False)
     before = training.params[1].detach().clone()
@@ -277,9 +297,10 @@ def test_parameters_and_states_lose_alignment() -> None:
     assert vectors(training) == {1}
 
 
-def test_gradients_change_layout() -> None:
+@BACKENDS
+def test_gradients_change_layout(backend: str) -> None:
     weight = make_weight((4, 3, 2, 2)).float().to(DEVICE)
-    training = Training("AdamW", [weight], **ADAMW)
+    training = Training("AdamW", [weight], **ADAMW, backend=backend)
     training.train()
     for layout in (torch.channels_last, torch.contiguous_format):
         training.move_grads(place=partial(torch.clone, memory_format=layout))
@@ -305,11 +326,12 @@ REGROUPED: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
 }
 
 
+@BACKENDS
 @pytest.mark.parametrize("change", REGROUPED)
-def test_parameters_change_groups(change: str) -> None:
+def test_parameters_change_groups(backend: str, change: str) -> None:
     first, second = make_params(), make_params(seed=5)
     groups = [{"params": first}, {"params": second, "lr": 0.125, "clipping": 0.5}]
-    training = Training("SGD", groups, **MOMENTUM)
+    training = Training("SGD", groups, **MOMENTUM, backend=backend)
     training.train()
     REGROUPED[change](training.groups)
     before = {p: p.detach().clone() for p in (*first, *second)}

@@ -1,0 +1,133 @@
+"""The torch path keeps its blocks from step to step, and nothing that it should not keep."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from agc_triton import blocks
+from agc_triton.block_plan import BlockPlan
+from tests.cases import NAMES, STATEFUL, build, randn
+from tests.triton_training import ADAMW, Training
+
+# Small ones share a block, the last two are cut: rows, and one unit.
+SHAPES = ((4,), (2, 3), (), (8, 5), (37,))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 12)
+    monkeypatch.setattr(blocks, "SMALL", 8)
+
+
+def make_training(name: str = "AdamW", **options: Any) -> Training:
+    params = [randn(shape, seed=i) for i, shape in enumerate(SHAPES)]
+    return Training(name, params, **{**STATEFUL[name], **options}, backend="torch")
+
+
+def plans_of(optimizer: Any) -> dict[tuple[int, ...], BlockPlan]:
+    plans: dict[tuple[int, ...], BlockPlan] = optimizer._block_plans._plans
+    return dict(plans)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_while_gradients_and_values_change(name: str) -> None:
+    training = make_training(name)
+    training.train(2)
+    plans = plans_of(training.optimizer)
+    assert plans
+    training.groups[0].update(lr=0.25, clipping=0.5, agc_eps=0.1, maximize=True)
+    training.train(2)
+    assert plans_of(training.optimizer) == plans
+
+
+def test_made_anew_for_other_units() -> None:
+    training = make_training()
+    training.train()
+    plans = plans_of(training.optimizer)
+    training.groups[0].update(unit_dim=-1)
+    training.train()
+    assert plans_of(training.optimizer) != plans
+
+
+@pytest.mark.parametrize("layout", ["alike", "transposed"])
+def test_no_gradient_is_kept(layout: str) -> None:
+    params = [randn((4, 6)), randn((3, 2))]
+    optimizer = build("AdamW", params, ADAMW)
+    for _ in range(2):
+        grads: list[Tensor] = [randn(p.shape, seed=9) for p in params]
+        if layout == "transposed":
+            grads = [g.t().contiguous().t() for g in grads]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+        kept = [weakref.ref(g) for g in grads]
+        del grads, p, g
+        optimizer.zero_grad()
+        assert [ref() for ref in kept] == [None, None]
+
+
+def memory_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """Weak references to memory: its Python objects come and go."""
+    watch: Any = reductions.StorageWeakRef
+    return [watch(t.untyped_storage()) for t in tensors]
+
+
+def test_states_replaced_by_a_checkpoint_are_not_kept() -> None:
+    training = make_training()
+    training.train()
+    memory = memory_of(x for state in training.optimizer.state.values() for x in state.values())
+    checkpoint = copy.deepcopy(training.optimizer.state_dict())
+    assert not any(one.expired() for one in memory)
+    training.optimizer.load_state_dict(checkpoint)
+    assert all(one.expired() for one in memory)
+    training.train()
+
+
+def test_parameters_replaced_are_not_kept_after_the_next_step() -> None:
+    training = make_training()
+    training.train()
+    memory = memory_of(training.params)
+    for p in training.params:
+        p.data = p.detach().clone()
+    del p
+    training.train()
+    assert all(one.expired() for one in memory)
+
+
+def test_a_copy_and_a_pickle_have_plans_of_their_own() -> None:
+    training = make_training()
+    training.train()
+    again = copy.deepcopy(training.optimizer)
+    assert not plans_of(again)
+    assert again._block_plans is not training.optimizer._block_plans
+
+
+def test_gradients_of_other_strides_are_copied_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = make_training()
+    alive: list[int] = []
+    copies: list[weakref.ref[Tensor]] = []
+    empty_like = torch.empty_like
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        alive.append(sum(ref() is not None for ref in copies))
+        copies.append(weakref.ref(made := empty_like(*args, **kwargs)))
+        return made
+
+    def turned(values: Tensor) -> Tensor:
+        return values.t().contiguous().t() if values.dim() == 2 else values
+
+    training.train()
+    training.move_grads(place=turned)
+    monkeypatch.setattr(torch, "empty_like", counted)
+    training.optimizer.step()
+    assert alive == [0, 0]
