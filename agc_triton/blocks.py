@@ -1,12 +1,12 @@
-"""Walks plain CPU tensors in blocks of whole units that stay in cache, with their clip factors."""
+"""Plain CPU tensors in blocks of whole units that stay in cache, and the units' clip factors."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from agc_triton.units import UnitLayout, memory_order, unit_layout
 BLOCK = 5 << 18
 
 # Tensors up to this many elements share a block, one call per operation for all of them.
-SMALL = 1 << 16
+SMALL = 1 << 17
+
+# Those up to this many elements are joined for their norms: for larger ones a copy costs more.
+JOINED = 1 << 12
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -155,27 +158,30 @@ def blocks(
 
     found: list[Block] = []
     small: list[Cut] = []
-    elements = 0
+    middle: list[Cut] = []
     for member, walk in walks.items():
-        size, dtype = params[member].numel(), params[member].dtype
+        cut, param = Cut(member, walk), params[member]
         # A product with fp32 factors is fp32: 16 bits need the out= of a single tensor.
-        if walk.strided or size > SMALL or dtype != norm_dtype(dtype):
-            for whole, pieces in _cut(Cut(member, walk)):
-                p = whole.of(params)
-                dims = (0, 2) if walk.strided else tuple(range(1, p.dim()))
-                norms = partial(_norms_of_one, dims=dims)
-                found.append(
-                    Block([whole], [p], [part([c]) for c in pieces], norms, _factors_of_one)
-                )
-            continue
-        if elements + size > BLOCK and small:
-            found.append(_pack(part, small))
-            small, elements = [], 0
-        small.append(Cut(member, walk))
+        if walk.strided or param.numel() > SMALL or param.dtype != norm_dtype(param.dtype):
+            found += [_large(part, whole, cuts) for whole, cuts in _cut(cut)]
+        else:
+            (small if param.numel() <= JOINED else middle).append(cut)
+    return [*found, *(_pack(part, cuts) for some in (small, middle) for cuts in _filled(some))]
+
+
+def _filled(cuts: list[Cut]) -> Iterator[list[Cut]]:
+    """Lists of tensors of about `BLOCK` elements."""
+    filled: list[Cut] = []
+    elements = 0
+    for cut in cuts:
+        size = math.prod(cut.walk.layout)
+        if elements + size > BLOCK and filled:
+            yield filled
+            filled, elements = [], 0
+        filled.append(cut)
         elements += size
-    if small:
-        found.append(_pack(part, small))
-    return found
+    if filled:
+        yield filled
 
 
 def _cut(cut: Cut) -> Iterator[tuple[Cut, list[Cut]]]:
@@ -204,30 +210,38 @@ def _even(length: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(size, length - start)
 
 
-def _norms_of_one(tensors: list[Tensor], dims: tuple[int, ...]) -> Tensor:
-    return unit_norms(tensors[0], dims)
+Parts = Callable[[list[Cut]], Part]
 
 
-def _factors_of_one(factors: Tensor) -> list[Tensor]:
-    return [factors]
+def _large(part: Parts, whole: Cut, cuts: list[Cut]) -> Block:
+    """One block of units of one tensor, updated in as many parts as there are ``cuts``."""
+    (p,) = part([whole]).params
+    dims = (0, 2) if whole.walk.strided else tuple(range(1, p.dim()))
+    parts = [part([cut]) for cut in cuts]
+    return Block([whole], [p], parts, lambda one: unit_norms(one[0], dims), lambda f: [f])
 
 
-def _pack(part: Callable[[list[Cut]], Part], small: Sequence[Cut]) -> Block:
+def _pack(part: Parts, small: list[Cut]) -> Block:
     """One block of small tensors, with one norm operation for all whose units look alike."""
-    views = part(list(small)).params
-    alike: defaultdict[tuple[bool, torch.Size], list[int]] = defaultdict(list)
+    views = part(small).params
+    alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, (cut, p) in enumerate(zip(small, views, strict=True)):
         one_unit = cut.walk.layout.units == 1
-        alike[one_unit, p.shape if one_unit else p.shape[1:]].append(i)
+        alone = i if p.numel() > JOINED else None
+        alike[one_unit, p.shape if one_unit else p.shape[1:], alone].append(i)
     order = [i for those in alike.values() for i in those]
-    runs = [(len(those), one_unit) for (one_unit, _), those in alike.items()]
+    runs = [(len(those), one_unit) for (one_unit, *_), those in alike.items()]
 
     def norms(tensors: list[Tensor]) -> Tensor:
         left = iter(tensors)
         found = []
         for count, one_unit in runs:
-            joined = (torch.stack if one_unit else torch.cat)(list(islice(left, count)))
-            found.append(unit_norms(joined, tuple(range(1, joined.dim()))).flatten())
+            if count == 1:
+                joined, first = next(left), 0 if one_unit else 1
+            else:
+                joined = (torch.stack if one_unit else torch.cat)(list(islice(left, count)))
+                first = 1
+            found.append(unit_norms(joined, tuple(range(first, joined.dim()))).flatten())
         return torch.cat(found)
 
     sizes = [small[i].walk.layout.units for i in order]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from agc_triton.block_plan import BlockPlan, Run
-from agc_triton.blocks import Part, Walk, blocks, find_walk
+from agc_triton.blocks import JOINED, Part, Walk, blocks, find_walk
 from agc_triton.nonfinite import Kept, update_others
 from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
@@ -120,7 +120,7 @@ def _step_part(
 
 
 class _Scratch:
-    """Memory for a large piece's clipped gradient, used again for every block of a step.
+    """Memory for a block's clipped gradients, used again for every block of a step.
 
     A block lies in its middle, whatever its size: torch's threads take equal shares of it, so each
     writes about where it wrote before. Lines that another core wrote last cost several times the
@@ -129,24 +129,29 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
-        self._views: dict[torch.Size, Tensor] = {}
+        self._views: dict[tuple[torch.Size, ...], list[Tensor]] = {}
 
     def clipped(self, grads: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
-        """The gradients times their factors."""
-        if len(grads) > 1:
+        """The gradients times their factors, contiguous."""
+        if len(grads) > 1 and grads[0].numel() <= JOINED:  # a view costs more than new memory
             return list(torch._foreach_mul(grads, factors))
-        return [torch.mul(grads[0], factors[0], out=self._like(grads[0]))]
+        room = zip(grads, factors, self._room(grads), strict=True)
+        return [torch.mul(grad, factor, out=view) for grad, factor, view in room]
 
-    def _like(self, block: Tensor) -> Tensor:
-        shape, size = block.shape, block.numel()
-        view = self._views.get(shape)
-        if view is None:
-            if self._memory is None or self._memory.numel() < size:
+    def _room(self, grads: list[Tensor]) -> list[Tensor]:
+        key = tuple(grad.shape for grad in grads)
+        views = self._views.get(key)
+        if views is None:
+            sizes = [shape.numel() for shape in key]
+            total = sum(sizes)
+            if self._memory is None or self._memory.numel() < total:
                 self._views.clear()
-                self._memory = torch.empty(size, dtype=block.dtype)
-            start = (self._memory.numel() - size) // 2 & -64  # whole cache lines
-            view = self._views[shape] = self._memory[start : start + size].view(shape)
-        return view
+                self._memory = torch.empty(total, dtype=grads[0].dtype)
+            start = (self._memory.numel() - total) // 2 & -64  # whole cache lines
+            parts = torch.split(self._memory[start : start + total], sizes)
+            views = [part.view(shape) for part, shape in zip(parts, key, strict=True)]
+            self._views[key] = views
+        return views
 
 
 def _step_whole(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agc_triton import adaptive_clip_grad_, blocks
+from agc_triton import adaptive_clip_grad_, blocks, reference
 from tests.cases import (
     CLIPPING,
     NAMES,
@@ -96,14 +96,16 @@ def test_the_functional_form_follows_the_oracle(monkeypatch: pytest.MonkeyPatch,
         assert_within(param.grad, expected, tolerance.margin, f"gradient, blocks of {block}")
 
 
-@pytest.mark.parametrize("block", [8, 16, 1000])
+@pytest.mark.parametrize(("block", "joined"), [(8, 8), (16, 8), (1000, 8), (16, 0), (1000, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_of_small_tensors(
-    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, block: int
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, block: int, joined: int
 ) -> None:
     monkeypatch.setattr(blocks, "SMALL", 8)
     monkeypatch.setattr(blocks, "BLOCK", block)
+    for module in (blocks, reference):
+        monkeypatch.setattr(module, "JOINED", joined)
     shapes = ((7,), (8,), (9,), (), (8, 1, 1), (1, 9), (2, 4), (2, 2, 2), (4, 2), (3, 3))
     check_steps(name, "default", [randn(shape, dtype, i) for i, shape in enumerate(shapes)])
 
