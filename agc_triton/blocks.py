@@ -110,6 +110,9 @@ class Part(NamedTuple):
     states: list[list[Tensor]]
 
 
+Widen = Callable[[Tensor], Tensor]
+
+
 class Block(NamedTuple):
     """Whole units: what their norms are taken of, and the parts that they are updated in.
 
@@ -120,21 +123,25 @@ class Block(NamedTuple):
     cuts: list[Cut]
     params: list[Tensor]
     parts: list[Part]
-    norms: Callable[[list[Tensor]], Tensor]
+    norms: Callable[[list[Tensor], Widen], Tensor]
     each: Callable[[Tensor], list[Tensor]]
 
-    def factors(self, grads: list[Tensor], clip: Clip, grad_scale: Tensor | None) -> list[Tensor]:
+    def factors(
+        self, grads: list[Tensor], clip: Clip, grad_scale: Tensor | None, widen: Widen
+    ) -> list[Tensor]:
         """The factors of each tensor of a part; they divide by ``grad_scale`` as well.
 
-        A 0-dim factor is that of tensors that are one unit as they are.
+        A 0-dim factor is that of tensors that are one unit as they are. ``widen`` makes 16 bits
+        fp32 for as long as a norm takes.
         """
-        p_norms = self.norms(self.params)
+        p_norms = self.norms(self.params, widen)
         if grad_scale is None:
-            return self.each(clip_factors(p_norms, self.norms(grads), clip))
+            return self.each(clip_factors(p_norms, self.norms(grads, widen), clip))
         if clip.skipped is None:
-            g_norms = self.norms(grads) / grad_scale
+            g_norms = self.norms(grads, widen) / grad_scale
         else:  # the squares of what is unscaled decide, as in the kernels
-            g_norms = self.norms([g.to(norm_dtype(g.dtype)) / grad_scale for g in grads])
+            unscaled = [g.to(norm_dtype(g.dtype)) / grad_scale for g in grads]
+            g_norms = self.norms(unscaled, widen)
         return self.each(clip_factors(p_norms, g_norms, clip) / grad_scale)
 
 
@@ -161,8 +168,7 @@ def blocks(
     middle: list[Cut] = []
     for member, walk in walks.items():
         cut, param = Cut(member, walk), params[member]
-        # A product with fp32 factors is fp32: 16 bits need the out= of a single tensor.
-        if walk.strided or param.numel() > SMALL or param.dtype != norm_dtype(param.dtype):
+        if walk.strided or param.numel() > SMALL:
             found += [_large(part, whole, cuts) for whole, cuts in _cut(cut)]
         else:
             (small if param.numel() <= JOINED else middle).append(cut)
@@ -218,7 +224,11 @@ def _large(part: Parts, whole: Cut, cuts: list[Cut]) -> Block:
     (p,) = part([whole]).params
     dims = (0, 2) if whole.walk.strided else tuple(range(1, p.dim()))
     parts = [part([cut]) for cut in cuts]
-    return Block([whole], [p], parts, lambda one: unit_norms(one[0], dims), lambda f: [f])
+
+    def norms(tensors: list[Tensor], widen: Widen) -> Tensor:
+        return unit_norms(widen(tensors[0]), dims)
+
+    return Block([whole], [p], parts, norms, lambda factors: [factors])
 
 
 def _pack(part: Parts, small: list[Cut]) -> Block:
@@ -232,7 +242,7 @@ def _pack(part: Parts, small: list[Cut]) -> Block:
     order = [i for those in alike.values() for i in those]
     runs = [(len(those), one_unit) for (one_unit, *_), those in alike.items()]
 
-    def norms(tensors: list[Tensor]) -> Tensor:
+    def norms(tensors: list[Tensor], widen: Widen) -> Tensor:
         left = iter(tensors)
         found = []
         for count, one_unit in runs:
@@ -241,7 +251,8 @@ def _pack(part: Parts, small: list[Cut]) -> Block:
             else:
                 joined = (torch.stack if one_unit else torch.cat)(list(islice(left, count)))
                 first = 1
-            found.append(unit_norms(joined, tuple(range(first, joined.dim()))).flatten())
+            dims = tuple(range(first, joined.dim()))
+            found.append(unit_norms(widen(joined), dims).flatten())
         return torch.cat(found)
 
     sizes = [small[i].walk.layout.units for i in order]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from agc_triton.block_plan import BlockPlan, Run
-from agc_triton.blocks import JOINED, Part, Walk, blocks, find_walk
+from agc_triton.blocks import Part, Walk, blocks, find_walk
 from agc_triton.nonfinite import Kept, update_others
 from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
+from agc_triton.scratch import Scratch
 from agc_triton.units import norm_dims
 
 
@@ -54,9 +55,11 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
             grad.mul_(_tensor_factors(param, grad, clip))
         else:
             by_dtype[param.dtype][i] = walk
+    scratch = Scratch()
     for walks in by_dtype.values():
         for block in blocks(walks, params, [grads]):
-            factors = block.factors([cut.of(grads) for cut in block.cuts], clip, None)
+            own = [cut.of(grads) for cut in block.cuts]
+            factors = block.factors(own, clip, None, scratch.wide)
             for part in block.parts:
                 torch._foreach_mul_(part.states[0], factors)
 
@@ -82,12 +85,12 @@ def _step_blocks(
 ) -> None:
     """Block after block: norms, scaled gradients, torch's update."""
     own = {i: _in_order_of(lists.params[i], lists.grads[i]) for i in run.indices}
-    scratch = _Scratch()
+    scratch = Scratch()
     for block in run.blocks:
         grads = [cut.of(own) for cut in block.cuts]
-        factors = block.factors(grads, clip, grad_scale)
+        factors = block.factors(grads, clip, grad_scale, scratch.wide)
         for part in block.parts:
-            if part.cuts is not block.cuts:
+            if part.cuts != block.cuts:
                 grads = [cut.of(own) for cut in part.cuts]
             clipped = scratch.clipped(grads, factors)
             _step_part(update, part, clipped, factors, lists, clip)
@@ -117,41 +120,6 @@ def _step_part(
     update(TensorLists(part.params, grads, by_role, steps))
     for units in kept:
         units.restore()
-
-
-class _Scratch:
-    """Memory for a block's clipped gradients, used again for every block of a step.
-
-    A block lies in its middle, whatever its size: torch's threads take equal shares of it, so each
-    writes about where it wrote before. Lines that another core wrote last cost several times the
-    multiplication itself (200 of 260 us, 2 cores of an AMD EPYC).
-    """
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-        self._views: dict[tuple[torch.Size, ...], list[Tensor]] = {}
-
-    def clipped(self, grads: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
-        """The gradients times their factors, contiguous."""
-        if len(grads) > 1 and grads[0].numel() <= JOINED:  # a view costs more than new memory
-            return list(torch._foreach_mul(grads, factors))
-        room = zip(grads, factors, self._room(grads), strict=True)
-        return [torch.mul(grad, factor, out=view) for grad, factor, view in room]
-
-    def _room(self, grads: list[Tensor]) -> list[Tensor]:
-        key = tuple(grad.shape for grad in grads)
-        views = self._views.get(key)
-        if views is None:
-            sizes = [shape.numel() for shape in key]
-            total = sum(sizes)
-            if self._memory is None or self._memory.numel() < total:
-                self._views.clear()
-                self._memory = torch.empty(total, dtype=grads[0].dtype)
-            start = (self._memory.numel() - total) // 2 & -64  # whole cache lines
-            parts = torch.split(self._memory[start : start + total], sizes)
-            views = [part.view(shape) for part, shape in zip(parts, key, strict=True)]
-            self._views[key] = views
-        return views
 
 
 def _step_whole(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agc_triton import adaptive_clip_grad_, blocks, reference
+from agc_triton import adaptive_clip_grad_, blocks, scratch
 from tests.cases import (
     CLIPPING,
     NAMES,
@@ -104,7 +104,7 @@ def test_batches_of_small_tensors(
 ) -> None:
     monkeypatch.setattr(blocks, "SMALL", 8)
     monkeypatch.setattr(blocks, "BLOCK", block)
-    for module in (blocks, reference):
+    for module in (blocks, scratch):
         monkeypatch.setattr(module, "JOINED", joined)
     shapes = ((7,), (8,), (9,), (), (8, 1, 1), (1, 9), (2, 4), (2, 2, 2), (4, 2), (3, 3))
     check_steps(name, "default", [randn(shape, dtype, i) for i, shape in enumerate(shapes)])
