@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from agc_triton.block_plan import BlockPlan, Run
-from agc_triton.blocks import Part, Walk, blocks, find_walk
+from agc_triton.blocks import Block, Walk, blocks, find_walk
 from agc_triton.nonfinite import Kept, update_others
 from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
@@ -55,9 +55,10 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
             grad.mul_(_tensor_factors(param, grad, clip))
         else:
             by_dtype[param.dtype][i] = walk
-    scratch = Scratch()
     for walks in by_dtype.values():
-        for block in blocks(walks, params, [grads]):
+        found = blocks(walks, params, [grads])
+        scratch = Scratch(found)
+        for block in found:
             own = [cut.of(grads) for cut in block.cuts]
             factors = block.factors(own, clip, None, scratch.wide)
             for part in block.parts:
@@ -85,15 +86,32 @@ def _step_blocks(
 ) -> None:
     """Block after block: norms, scaled gradients, torch's update."""
     own = {i: _in_order_of(lists.params[i], lists.grads[i]) for i in run.indices}
-    scratch = Scratch()
-    for block in run.blocks:
-        grads = [cut.of(own) for cut in block.cuts]
+    scratch = Scratch(run.blocks)
+    # All views first: between blocks that fill the caches each would take several times as long.
+    bound = [_bind(block, own, lists, scratch) for block in run.blocks]
+    for block, (grads, targets) in zip(run.blocks, bound, strict=True):
         factors = block.factors(grads, clip, grad_scale, scratch.wide)
-        for part in block.parts:
-            if part.cuts != block.cuts:
-                grads = [cut.of(own) for cut in part.cuts]
-            clipped = scratch.clipped(grads, factors)
-            _step_part(update, part, clipped, factors, lists, clip)
+        for part, target in targets:
+            clipped = scratch.clipped(part, factors, target.grads)
+            _step_part(update, target._replace(grads=clipped), factors, clip)
+
+
+def _bind(
+    block: Block, own: Mapping[int, Tensor], lists: TensorLists, scratch: Scratch
+) -> tuple[list[Tensor], list[tuple[list[Tensor], TensorLists]]]:
+    """A block's gradients, and for every part its own and the lists to update.
+
+    The gradients of those lists are room for the clipped ones.
+    """
+    grads = [cut.of(own) for cut in block.cuts]
+    targets = []
+    for part in block.parts:
+        left = iter(part.states)
+        states = tuple(next(left) if role else [] for role in lists.states)
+        steps = [lists.steps[cut.member] for cut in part.cuts] if lists.steps else []
+        theirs = grads if part.cuts == block.cuts else [cut.of(own) for cut in part.cuts]
+        targets.append((theirs, TensorLists(part.params, scratch.room(part), states, steps)))
+    return grads, targets
 
 
 def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
@@ -101,23 +119,13 @@ def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
-def _step_part(
-    update: Update,
-    part: Part,
-    grads: list[Tensor],
-    factors: list[Tensor],
-    lists: TensorLists,
-    clip: Clip,
-) -> None:
-    """Update a part with its clipped gradients; units to be skipped are put back."""
+def _step_part(update: Update, lists: TensorLists, factors: list[Tensor], clip: Clip) -> None:
+    """Update with clipped gradients; units to be skipped are put back."""
     kept = []
     if clip.skipped is not None:
-        views = zip(part.params, *part.states, strict=True)
+        views = zip(lists.params, *filter(None, lists.states), strict=True)
         kept = [Kept(own, factor) for own, factor in zip(views, factors, strict=True)]
-    left = iter(part.states)
-    by_role = tuple(next(left) if role else [] for role in lists.states)
-    steps = [lists.steps[cut.member] for cut in part.cuts] if lists.steps else []
-    update(TensorLists(part.params, grads, by_role, steps))
+    update(lists)
     for units in kept:
         units.restore()
 

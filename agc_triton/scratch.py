@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from agc_triton.blocks import JOINED
-from agc_triton.norms import norm_dtype
+from agc_triton.blocks import JOINED, Block, Part
+from agc_triton.norms import is_wide, norm_dtype
 
 
 class Scratch:
@@ -17,17 +19,27 @@ class Scratch:
     multiplication itself (200 of 260 us, 2 cores of an AMD EPYC).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        parts = (part for block in blocks for part in block.parts)
+        # As large as it will be: memory that grows is new to the caches every time.
+        self._largest = max(sum(p.numel() for p in part.params) for part in parts)
         self._memory: dict[torch.dtype, Tensor] = {}
         self._held: Tensor | None = None
         self._views: dict[tuple[torch.dtype, tuple[torch.Size, ...]], list[Tensor]] = {}
 
-    def clipped(self, grads: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
-        """The gradients times their factors, contiguous, of the gradients' dtype."""
-        dtype = grads[0].dtype
-        if len(grads) > 1 and grads[0].numel() <= JOINED and dtype == norm_dtype(dtype):
-            return list(torch._foreach_mul(grads, factors))  # a view costs more than new memory
-        room = self._room(dtype, grads)
+    def room(self, part: Part) -> list[Tensor]:
+        """Where a part's clipped gradients go; nowhere (empty) where new memory costs less."""
+        first = part.params[0]
+        if len(part.params) > 1 and first.numel() <= JOINED and is_wide(first.dtype):
+            return []
+        return self._views_like(first.dtype, part.params)
+
+    def clipped(
+        self, grads: list[Tensor], factors: list[Tensor], room: list[Tensor]
+    ) -> list[Tensor]:
+        """The gradients times their factors, contiguous, of the gradients' dtype, in ``room``."""
+        if not room:
+            return list(torch._foreach_mul(grads, factors))
         for grad, factor, view in zip(grads, factors, room, strict=True):
             wide = self.wide(grad)
             if wide is grad:
@@ -42,16 +54,15 @@ class Scratch:
 
         torch's operations on two dtypes copy as well, to memory that the system has to clear.
         """
-        dtype = norm_dtype(tensor.dtype)
-        if tensor.dtype == dtype:
+        if is_wide(tensor.dtype):
             return tensor
-        (room,) = self._room(dtype, [tensor])
+        (room,) = self._views_like(norm_dtype(tensor.dtype), [tensor])
         if self._held is not tensor:  # what a norm was taken of is often clipped next
             self._held = tensor
             room.copy_(tensor)
         return room
 
-    def _room(self, dtype: torch.dtype, like: list[Tensor]) -> list[Tensor]:
+    def _views_like(self, dtype: torch.dtype, like: list[Tensor]) -> list[Tensor]:
         """Views of the shapes of some tensors, side by side."""
         shapes = tuple(tensor.shape for tensor in like)
         views = self._views.get((dtype, shapes))
@@ -60,7 +71,8 @@ class Scratch:
             memory, total = self._memory.get(dtype), sum(sizes)
             if memory is None or memory.numel() < total:
                 self._views = {key: own for key, own in self._views.items() if key[0] != dtype}
-                memory = self._memory[dtype] = torch.empty(total, dtype=dtype)
+                size = max(total, self._largest)
+                memory = self._memory[dtype] = torch.empty(size, dtype=dtype)
             start = (memory.numel() - total) // 2 & -64  # whole cache lines
             parts = torch.split(memory[start : start + total], sizes)
             views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
