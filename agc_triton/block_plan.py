@@ -4,26 +4,51 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from agc_triton.blocks import Block, Walk, blocks, find_walk
+from agc_triton.blocks import Walk, blocks, find_walk
 from agc_triton.layouts import Layouts
 from agc_triton.rule import Clip, TensorLists
 
 
-class Run(NamedTuple):
-    """Blocks of one dtype that follow each other, and the indices of their tensors."""
+class Run:
+    """Blocks of one dtype that follow each other, and the indices of their tensors.
 
-    dtype: torch.dtype
-    indices: list[int]
-    blocks: list[Block]
+    ``alike`` says that every gradient lies in memory as its parameter does.
+    """
+
+    def __init__(self, lists: TensorLists, walks: Mapping[int, Walk], alike: bool) -> None:
+        self.indices, self.alike = list(walks), alike
+        self.dtype = lists.params[self.indices[0]].dtype
+        roles = [role for role in lists.states if role]
+        self.blocks = blocks(walks, lists.params, roles)
+        views = self._views(lists)
+        self._addresses = list(map(Tensor.data_ptr, views))
+        self._layouts = Layouts(views)
+        self._strides = [lists.params[i].stride() for i in self.indices]
+
+    def fits(self, lists: TensorLists) -> bool:
+        """Whether no tensor has moved or changed its layout."""
+        views = self._views(lists)
+        return (
+            list(map(Tensor.data_ptr, views)) == self._addresses
+            and (not self.alike or self._strides_of(lists.grads) == self._strides)
+            and self._layouts.fit(views)
+        )
+
+    def _views(self, lists: TensorLists) -> list[Tensor]:
+        roles = (lists.params, *(role for role in lists.states if role))
+        return [role[i] for role in roles for i in self.indices]
+
+    def _strides_of(self, grads: list[Tensor]) -> list[tuple[int, ...]]:
+        return [grads[i].stride() for i in self.indices]
 
 
 class BlockPlan:
-    """Blocks of what is updated together, and the indices of what cannot be walked.
+    """Runs of what is updated together, and the indices of what cannot be walked.
 
     It holds views of parameters and states, so their memory lives until the plan is replaced; of
     gradients it holds none.
@@ -34,41 +59,24 @@ class BlockPlan:
         self._length = len(lists.params)
         walks, self.whole = _partition(lists, group, clip)
         self.counted = list(walks)
-        # Gradients that lie in memory as their parameters do, and all others each alone: those are
-        # copied, so that no two copies are alive at a time.
-        self._in_step: list[int] = []
-        self.runs: list[Run] = []
         alike: defaultdict[torch.dtype, dict[int, Walk]] = defaultdict(dict)
+        others: list[dict[int, Walk]] = []
         for i, walk in walks.items():
             param = lists.params[i]
             if lists.grads[i].stride() == param.stride():
                 alike[param.dtype][i] = walk
-                self._in_step.append(i)
-            else:
-                self._add_run(lists, {i: walk})
-        for those in alike.values():
-            self._add_run(lists, those)
-        self._strides = [lists.params[i].stride() for i in self._in_step]
-        self._layouts = [(run.indices, Layouts(_views(lists, run.indices))) for run in self.runs]
-        self._addresses = self._find_addresses(lists)
-
-    def _add_run(self, lists: TensorLists, walks: Mapping[int, Walk]) -> None:
-        roles = [role for role in lists.states if role]
-        dtype = lists.params[next(iter(walks))].dtype
-        self.runs.append(Run(dtype, list(walks), blocks(walks, lists.params, roles)))
+            else:  # copied, and each alone so that no two copies are alive at a time
+                others.append({i: walk})
+        self.runs = [Run(lists, those, alike=True) for those in alike.values()]
+        self.runs += [Run(lists, one, alike=False) for one in others]
 
     def fits(self, lists: TensorLists, group: Mapping[str, Any], clip: Clip) -> bool:
-        """Whether a new plan would be the same: nothing has moved or changed its layout."""
+        """Whether a new plan would be the same."""
         return (
             len(lists.params) == self._length
             and _options(group, clip) == self._options
-            and self._find_addresses(lists) == self._addresses
-            and [lists.grads[i].stride() for i in self._in_step] == self._strides
-            and all(layouts.fit(_views(lists, indices)) for indices, layouts in self._layouts)
+            and all(run.fits(lists) for run in self.runs)
         )
-
-    def _find_addresses(self, lists: TensorLists) -> list[int]:
-        return list(map(Tensor.data_ptr, _views(lists, self.counted)))
 
 
 class BlockPlans:
@@ -91,12 +99,6 @@ class BlockPlans:
 
 def _options(group: Mapping[str, Any], clip: Clip) -> tuple[Any, ...]:
     return bool(group.get("foreach") or group.get("differentiable")), clip.unit_dim
-
-
-def _views(lists: TensorLists, indices: list[int]) -> list[Tensor]:
-    """Parameters and states at these indices."""
-    roles = (lists.params, *(role for role in lists.states if role))
-    return [role[i] for role in roles for i in indices]
 
 
 def _partition(

@@ -85,7 +85,9 @@ def _step_blocks(
     update: Update, run: Run, lists: TensorLists, clip: Clip, grad_scale: Tensor | None
 ) -> None:
     """Block after block: norms, scaled gradients, torch's update."""
-    own = {i: _in_order_of(lists.params[i], lists.grads[i]) for i in run.indices}
+    own: Sequence[Tensor] | Mapping[int, Tensor] = lists.grads
+    if not run.alike:
+        own = {i: torch.empty_like(lists.params[i]).copy_(lists.grads[i]) for i in run.indices}
     scratch = Scratch(run.blocks)
     # All views first: between blocks that fill the caches each would take several times as long.
     bound = [_bind(block, own, lists, scratch) for block in run.blocks]
@@ -97,7 +99,10 @@ def _step_blocks(
 
 
 def _bind(
-    block: Block, own: Mapping[int, Tensor], lists: TensorLists, scratch: Scratch
+    block: Block,
+    own: Sequence[Tensor] | Mapping[int, Tensor],
+    lists: TensorLists,
+    scratch: Scratch,
 ) -> tuple[list[Tensor], list[tuple[list[Tensor], TensorLists]]]:
     """A block's gradients, and for every part its own and the lists to update.
 
@@ -112,11 +117,6 @@ def _bind(
         theirs = grads if part.cuts == block.cuts else [cut.of(own) for cut in part.cuts]
         targets.append((theirs, TensorLists(part.params, scratch.room(part), states, steps)))
     return grads, targets
-
-
-def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
-    """The gradient, laid out in memory as its parameter is."""
-    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
 def _step_part(update: Update, lists: TensorLists, factors: list[Tensor], clip: Clip) -> None:
