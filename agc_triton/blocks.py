@@ -226,7 +226,9 @@ def _large(part: Parts, whole: Cut, cuts: list[Cut]) -> Block:
     parts = [part([cut]) for cut in cuts]
 
     def norms(tensors: list[Tensor], widen: Widen) -> Tensor:
-        return unit_norms(widen(tensors[0]), dims)
+        (one,) = tensors
+        norm: Tensor = torch.linalg.vector_norm(widen(one), 2, dims, True)
+        return norm
 
     return Block([whole], [p], parts, norms, lambda factors: [factors])
 

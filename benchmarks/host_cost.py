@@ -7,6 +7,9 @@ Both run on CPU tensors with their launches replaced by functions that do nothin
 and every gradient is a new tensor, as in training with zero_grad(set_to_none=True). With ``cold``
 caches the two take turns call by call and each meets what the other left; with ``warm`` ones each
 makes a block of calls in a row, as microbenchmarks do. Training lies between the two.
+
+A third does nothing but read where gradients, parameters and states lie, which a step that may not
+write to memory it no longer owns has to do: how much cheaper than torch any plan can be.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +31,7 @@ if __name__ == "__main__":
 
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
@@ -36,7 +41,7 @@ from agc_triton.kernels.launch import Launch
 from benchmarks import plots
 from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version
 
-OURS, THEIRS = "AdamW_AGC triton", "torch AdamW fused"
+OURS, THEIRS, FLOOR = "AdamW_AGC triton", "torch AdamW fused", "reading addresses only"
 KINDS = ("steady", "changing")
 # Consecutive calls of one implementation, by what they do to the caches.
 BLOCKS = {"warm": 20, "cold": 1}
@@ -53,6 +58,21 @@ COLUMNS = [
     *("us_per_tensor", "times_cheaper_than_torch", "device", "calls"),
     *("torch", "triton", "timestamp"),
 ]
+
+
+class AddressesOnly(AdamW):
+    """Steps that read every address once and keep it, and do nothing else."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
+        """Read them."""
+        if not self.state:
+            super().step(closure)
+        entries = list(self.state.values())
+        params = [p for group in self.param_groups for p in group["params"]]
+        roles: list[Any] = [params, [p.grad for p in params]]
+        roles += [map(itemgetter(key), entries) for key in ("exp_avg", "exp_avg_sq")]
+        self.addresses = [list(map(Tensor.data_ptr, tensors)) for tensors in roles]
+        return None
 
 
 def nothing(*_args: Any, **_kwargs: Any) -> None:
@@ -88,10 +108,11 @@ def change(optimizer: Optimizer, i: int) -> None:
 
 
 def measure(tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
-    """Rows for both implementations: steady and changing, with warm and cold caches."""
+    """Rows for all implementations: steady and changing, with warm and cold caches."""
     optimizers = {
         OURS: build(AdamW_AGC, tensors, groups, backend="triton"),
         THEIRS: build(AdamW, tensors, groups, fused=True),
+        FLOOR: build(AddressesOnly, tensors, groups, fused=True),
     }
     rows = []
     for kind, caches in product(KINDS, BLOCKS):

@@ -150,7 +150,8 @@ def host_cost(table: pd.DataFrame, csv: Path) -> Path:
     figure = Figure(figsize=(9, 3.4 * len(kinds_of_caches)), layout="constrained")
     axes = figure.subplots(len(kinds_of_caches), 2, sharey=True, sharex="col", squeeze=False)
     styles = {"steady": "-", "changing": "--"}
-    colors = dict(zip(table["implementation"].unique(), ["tab:blue", "tab:red"], strict=True))
+    implementations = table["implementation"].unique()
+    colors = dict(zip(implementations, ["tab:blue", "tab:red", "tab:gray"], strict=False))
     grouped = table.sort_values("groups")["tensors"].iloc[-1]
     panels = {
         "tensors": (table["groups"] == 1, "one parameter group"),
