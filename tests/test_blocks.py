@@ -106,7 +106,10 @@ def test_batches_of_small_tensors(
     monkeypatch.setattr(blocks, "BLOCK", block)
     for module in (blocks, scratch):
         monkeypatch.setattr(module, "JOINED", joined)
-    shapes = ((7,), (8,), (9,), (), (8, 1, 1), (1, 9), (2, 4), (2, 2, 2), (4, 2), (3, 3))
+    shapes: tuple[tuple[int, ...], ...] = (
+        *((7,), (8,), (9,), (), (8, 1, 1), (1, 9), (2, 4), (2, 2, 2), (4, 2), (3, 3)),
+        *((8, 1, 1), (3, 2), (7,), (), (1, 4)),  # units that look like others'
+    )
     check_steps(name, "default", [randn(shape, dtype, i) for i, shape in enumerate(shapes)])
 
 
