@@ -16,7 +16,7 @@ from agc_triton.rule import Clip
 from agc_triton.units import UnitLayout, memory_order, unit_layout
 
 # Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
-# the ~10 torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
+# the few torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
 BLOCK = 5 << 18
 
 # Tensors up to this many elements share a block, one call per operation for all of them.

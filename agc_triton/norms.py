@@ -13,11 +13,6 @@ SMALLEST = 1e-6
 ZERO, ONE = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
 
 
-def is_wide(dtype: torch.dtype) -> bool:
-    """Whether norms of it are of the same dtype."""
-    return dtype in (torch.float32, torch.float64)
-
-
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64 and complex128, fp32 for everything narrower."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from agc_triton.blocks import JOINED, Block, Part
-from agc_triton.norms import is_wide, norm_dtype
+from agc_triton.norms import norm_dtype
 
 
 class Scratch:
     """Views of memory that is used again for every block of a step.
 
     A block lies in its middle, whatever its size: torch's threads take equal shares of it, so each
-    writes about where it wrote before. Lines that another core wrote last cost several times the
-    multiplication itself (200 of 260 us, 2 cores of an AMD EPYC).
+    writes about where it wrote before. Taking over lines that another core wrote last can cost more
+    than the multiplication itself.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -29,10 +29,10 @@ class Scratch:
 
     def room(self, part: Part) -> list[Tensor]:
         """Where a part's clipped gradients go; nowhere (empty) where new memory costs less."""
-        first = part.params[0]
-        if len(part.params) > 1 and first.numel() <= JOINED and is_wide(first.dtype):
+        first, dtype = part.params[0], part.params[0].dtype
+        if len(part.params) > 1 and first.numel() <= JOINED and dtype == norm_dtype(dtype):
             return []
-        return self._views_like(first.dtype, part.params)
+        return self._views_like(dtype, part.params)
 
     def clipped(
         self, grads: list[Tensor], factors: list[Tensor], room: list[Tensor]
@@ -54,9 +54,10 @@ class Scratch:
 
         torch's operations on two dtypes copy as well, to memory that the system has to clear.
         """
-        if is_wide(tensor.dtype):
+        dtype = norm_dtype(tensor.dtype)
+        if tensor.dtype == dtype:
             return tensor
-        (room,) = self._views_like(norm_dtype(tensor.dtype), [tensor])
+        (room,) = self._views_like(dtype, [tensor])
         if self._held is not tensor:  # what a norm was taken of is often clipped next
             self._held = tensor
             room.copy_(tensor)

@@ -106,12 +106,11 @@ def _check_alike(
     index: int,
     i: int,
 ) -> None:
-    if (
-        param.dtype == other.dtype and param.device == other.device and param.shape == other.shape
-    ):  # nearly always, and asked of every tensor in every step
-        return
-    for what in ("dtype", "device", "shape"):
-        ours, theirs = getattr(param, what), getattr(other, what)
+    for what, ours, theirs in (
+        ("dtype", param.dtype, other.dtype),
+        ("device", param.device, other.device),
+        ("shape", param.shape, other.shape),
+    ):
         if ours != theirs:
             raise RuntimeError(
                 f"{whose} {what} ({theirs}) differs from the parameter's ({ours}) for"
