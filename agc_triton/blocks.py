@@ -17,7 +17,7 @@ from agc_triton.units import UnitLayout, memory_order, unit_layout
 
 # Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
 # the few torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
-BLOCK = 3 << 18
+BLOCK = 5 << 17
 
 # Tensors up to this many elements share a block, one call per operation for all of them.
 SMALL = 1 << 17

@@ -19,12 +19,12 @@ import torch
 LANES = 2
 
 # Fewer elements are done before two threads have been woken.
-SHARED = 1 << 18
+SHARED = 1 << 19
 
 Item = TypeVar("Item")
 
 
-def lanes_for(elements: int) -> int:
+def lanes(elements: int) -> int:
     """How many lanes that many elements are worth; one is the caller's own thread."""
     if elements < SHARED or torch.get_num_threads() < LANES or _thread_matters():
         return 1
@@ -71,18 +71,19 @@ def share(work: Callable[[int, Item], None], items: Sequence[Item], lanes: int) 
 
     running = [_threads(torch.get_num_threads()).submit(take, lane) for lane in range(lanes)]
     try:
-        for lane in running:
-            lane.result()
+        wait(running)
     except BaseException:
         stopped.set()
         wait(running)
         raise
+    for lane in running:
+        lane.result()
 
 
 @functools.cache
 def _threads(total: int) -> ThreadPoolExecutor:
     """The process's lanes where torch has that many threads for an operation."""
-    pool = ThreadPoolExecutor(LANES, "agc_triton", _use_threads, (total // LANES,))
+    pool = ThreadPoolExecutor(LANES, "agc_triton", torch.set_num_threads, (total // LANES,))
     started = Barrier(LANES + 1)
     for _ in range(LANES):
         pool.submit(started.wait)
@@ -90,12 +91,6 @@ def _threads(total: int) -> ThreadPoolExecutor:
     # torch gives threads that are born later the number that any thread has set last.
     torch.set_num_threads(total)
     return pool
-
-
-def _use_threads(number: int) -> None:
-    # A thread that has not asked before is given the process's number when it first asks.
-    torch.get_num_threads()
-    torch.set_num_threads(number)
 
 
 if hasattr(os, "register_at_fork"):  # a forked process has none of these threads

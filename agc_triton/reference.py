@@ -15,7 +15,7 @@ from torch import Tensor
 
 from agc_triton.block_plan import BlockPlan, Run
 from agc_triton.blocks import Block, Walk, blocks, find_walk
-from agc_triton.lanes import share
+from agc_triton.lanes import lanes, share
 from agc_triton.nonfinite import Kept, update_others
 from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
@@ -57,22 +57,17 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
         else:
             by_dtype[param.dtype][i] = walk
     for walks in by_dtype.values():
-        _clip_blocks(walks, params, grads, clip)
+        found = blocks(walks, params, [grads])
+        elements = sum(params[i].numel() for i in walks)
+        scratches = [Scratch(found) for _ in range(lanes(elements))]
 
+        def clip_block(lane: int, block: Block, scratches: list[Scratch] = scratches) -> None:
+            own = [cut.of(grads) for cut in block.cuts]
+            factors = block.factors(own, clip, None, scratches[lane].wide)
+            for part in block.parts:
+                torch._foreach_mul_(part.states[0], factors)
 
-def _clip_blocks(
-    walks: Mapping[int, Walk], params: Sequence[Tensor], grads: list[Tensor], clip: Clip
-) -> None:
-    found = blocks(walks, params, [grads])
-    scratches = Scratch.for_lanes(found, sum(params[i].numel() for i in walks))
-
-    def clip_block(lane: int, block: Block) -> None:
-        own = [cut.of(grads) for cut in block.cuts]
-        factors = block.factors(own, clip, None, scratches[lane].wide)
-        for part in block.parts:
-            torch._foreach_mul_(part.states[0], factors)
-
-    share(clip_block, found, len(scratches))
+        share(clip_block, found, len(scratches))
 
 
 def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
@@ -98,7 +93,7 @@ def _step_blocks(
     own: Sequence[Tensor] | Mapping[int, Tensor] = lists.grads
     if not run.alike:
         own = {i: torch.empty_like(lists.params[i]).copy_(lists.grads[i]) for i in run.indices}
-    scratches = Scratch.for_lanes(run.blocks, run.elements)
+    scratches = [Scratch(run.blocks) for _ in range(lanes(run.elements))]
     # All views first: between blocks that fill the caches each would take several times as long.
     bound = [_bind(block, own, lists, scratches) for block in run.blocks]
 

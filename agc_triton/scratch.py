@@ -1,4 +1,4 @@
-"""Memory that the blocks of a lane share: clipped gradients, and 16-bit values in fp32."""
+"""Memory that the blocks of a step share: clipped gradients, and 16-bit values in fp32."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from agc_triton.blocks import JOINED, Block, Part
-from agc_triton.lanes import lanes_for
 from agc_triton.norms import norm_dtype
 
 
 class Scratch:
-    """Views of memory that is used again for every block that a lane takes in a step.
+    """Views of memory that is used again for every block of a step.
 
     A block lies in its middle, whatever its size: torch's threads take equal shares of it, so each
     writes about where it wrote before. Taking over lines that another core wrote last can cost more
@@ -27,11 +26,6 @@ class Scratch:
         self._memory: dict[torch.dtype, Tensor] = {}
         self._held: Tensor | None = None
         self._views: dict[tuple[torch.dtype, tuple[torch.Size, ...]], list[Tensor]] = {}
-
-    @classmethod
-    def for_lanes(cls, blocks: Sequence[Block], elements: int) -> list[Scratch]:
-        """One for each lane that blocks of so many elements in all are shared out to."""
-        return [cls(blocks) for _ in range(lanes_for(elements))]
 
     def room(self, part: Part) -> list[Tensor]:
         """Where a part's clipped gradients go; nowhere (empty) where new memory costs less."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
-
-from agc_triton import lanes
 
 # Read when agc_triton.kernels is imported: without a GPU its kernels run on CPU tensors.
 if not torch.cuda.is_available():
@@ -38,12 +35,3 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-
-
-@pytest.fixture
-def two_lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The torch path shares out every step, however small, to two lanes of one thread each."""
-    monkeypatch.setattr(lanes, "SHARED", 0)
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
