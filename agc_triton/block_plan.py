@@ -23,7 +23,6 @@ class Run:
     def __init__(self, lists: TensorLists, walks: Mapping[int, Walk], alike: bool) -> None:
         self.indices, self.alike = list(walks), alike
         self.dtype = lists.params[self.indices[0]].dtype
-        self.elements = sum(lists.params[i].numel() for i in self.indices)
         roles = [role for role in lists.states if role]
         self.blocks = blocks(walks, lists.params, roles)
         views = self._views(lists)

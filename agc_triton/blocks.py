@@ -17,7 +17,7 @@ from agc_triton.units import UnitLayout, memory_order, unit_layout
 
 # Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
 # the few torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
-BLOCK = 5 << 17
+BLOCK = 5 << 18
 
 # Tensors up to this many elements share a block, one call per operation for all of them.
 SMALL = 1 << 17
@@ -172,8 +172,7 @@ def blocks(
             found += [_large(part, whole, cuts) for whole, cuts in _cut(cut)]
         else:
             (small if param.numel() <= JOINED else middle).append(cut)
-    packs = [_pack(part, cuts) for some in (small, middle) for cuts in _filled(some)]
-    return [*packs, *found]  # last what is alike, so that lanes finish together
+    return [*found, *(_pack(part, cuts) for some in (small, middle) for cuts in _filled(some))]
 
 
 def _filled(cuts: list[Cut]) -> Iterator[list[Cut]]:

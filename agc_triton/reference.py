@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from agc_triton.block_plan import BlockPlan, Run
 from agc_triton.blocks import Block, Walk, blocks, find_walk
-from agc_triton.lanes import lanes, share
 from agc_triton.nonfinite import Kept, update_others
 from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
@@ -58,16 +57,12 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
             by_dtype[param.dtype][i] = walk
     for walks in by_dtype.values():
         found = blocks(walks, params, [grads])
-        elements = sum(params[i].numel() for i in walks)
-        scratches = [Scratch(found) for _ in range(lanes(elements))]
-
-        def clip_block(lane: int, block: Block, scratches: list[Scratch] = scratches) -> None:
+        scratch = Scratch(found)
+        for block in found:
             own = [cut.of(grads) for cut in block.cuts]
-            factors = block.factors(own, clip, None, scratches[lane].wide)
+            factors = block.factors(own, clip, None, scratch.wide)
             for part in block.parts:
                 torch._foreach_mul_(part.states[0], factors)
-
-        share(clip_block, found, len(scratches))
 
 
 def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
@@ -93,37 +88,26 @@ def _step_blocks(
     own: Sequence[Tensor] | Mapping[int, Tensor] = lists.grads
     if not run.alike:
         own = {i: torch.empty_like(lists.params[i]).copy_(lists.grads[i]) for i in run.indices}
-    scratches = [Scratch(run.blocks) for _ in range(lanes(run.elements))]
+    scratch = Scratch(run.blocks)
     # All views first: between blocks that fill the caches each would take several times as long.
-    bound = [_bind(block, own, lists, scratches) for block in run.blocks]
-
-    def step_block(lane: int, one: Bound) -> None:
-        scratch = scratches[lane]
-        factors = one.block.factors(one.grads, clip, grad_scale, scratch.wide)
-        for rooms, target in one.targets:
-            clipped = scratch.clipped(target.grads, factors, rooms[lane])
+    bound = [_bind(block, own, lists, scratch) for block in run.blocks]
+    for block, (grads, targets) in zip(run.blocks, bound, strict=True):
+        factors = block.factors(grads, clip, grad_scale, scratch.wide)
+        for part, target in targets:
+            clipped = scratch.clipped(part, factors, target.grads)
             _step_part(update, target._replace(grads=clipped), factors, clip)
-
-    share(step_block, bound, len(scratches))
-
-
-class Bound(NamedTuple):
-    """A block in one step: its gradients, and for each part the lists to update.
-
-    With these comes every lane's room for the part's clipped gradients.
-    """
-
-    block: Block
-    grads: list[Tensor]
-    targets: list[tuple[list[list[Tensor]], TensorLists]]
 
 
 def _bind(
     block: Block,
     own: Sequence[Tensor] | Mapping[int, Tensor],
     lists: TensorLists,
-    scratches: list[Scratch],
-) -> Bound:
+    scratch: Scratch,
+) -> tuple[list[Tensor], list[tuple[list[Tensor], TensorLists]]]:
+    """A block's gradients, and for every part its own and the lists to update.
+
+    The gradients of those lists are room for the clipped ones.
+    """
     grads = [cut.of(own) for cut in block.cuts]
     targets = []
     for part in block.parts:
@@ -131,9 +115,8 @@ def _bind(
         states = tuple(next(left) if role else [] for role in lists.states)
         steps = [lists.steps[cut.member] for cut in part.cuts] if lists.steps else []
         theirs = grads if part.cuts == block.cuts else [cut.of(own) for cut in part.cuts]
-        rooms = [scratch.room(part) for scratch in scratches]
-        targets.append((rooms, TensorLists(part.params, theirs, states, steps)))
-    return Bound(block, grads, targets)
+        targets.append((theirs, TensorLists(part.params, scratch.room(part), states, steps)))
+    return grads, targets
 
 
 def _step_part(update: Update, lists: TensorLists, factors: list[Tensor], clip: Clip) -> None:
