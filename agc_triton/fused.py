@@ -71,7 +71,7 @@ class Tables:
     def _staging(self) -> Tensor:
         # torch's pool hands a pinned block out again only when the copies from it have finished.
         pinned = self.device.type == "cuda"
-        return torch.empty(len(self._host), dtype=torch.int64, pin_memory=pinned)
+        return torch.empty(len(self._host), dtype=torch.int64, device="cpu", pin_memory=pinned)
 
     def upload(self, capturing: bool) -> None:
         """Copy the host's values to the device without waiting for it."""

@@ -96,11 +96,11 @@ class OptimizerPlan:
                 if lists.steps:
                     self.counts[param] = lists.steps[i]
                 elif given.get("is_first_step"):
-                    self.counts[param] = torch.tensor(0.0)
+                    self.counts[param] = torch.tensor(0.0, device="cpu")
                 elif self._previous is not None and param in self._previous.counts:
                     self.counts[param] = self._previous.counts[param]
                 else:
-                    self.counts[param] = torch.tensor(1.0)
+                    self.counts[param] = torch.tensor(1.0, device="cpu")
                 members.append(Member(param, states, index))
         return members
 

@@ -73,7 +73,7 @@ class Scratch:
             if memory is None or memory.numel() < total:
                 self._views = {key: own for key, own in self._views.items() if key[0] != dtype}
                 size = max(total, self._largest)
-                memory = self._memory[dtype] = torch.empty(size, dtype=dtype)
+                memory = self._memory[dtype] = torch.empty(size, dtype=dtype, device="cpu")
             start = (memory.numel() - total) // 2 & -64  # whole cache lines
             parts = torch.split(memory[start : start + total], sizes)
             views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

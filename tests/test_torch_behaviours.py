@@ -255,3 +255,23 @@ def test_a_compiled_training_step_on_the_triton_path(cls: Any) -> None:
         return [*model.parameters(), *states(optimizer, list(model.parameters()))]
 
     assert same(run(compiled=True), run(compiled=False))
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, STATE], ids=["plain", "stateful"])
+@every_class
+def test_the_default_device_is_no_matter(
+    cls: Any, options: dict[Any, Any], dtype: torch.dtype, backend: str
+) -> None:
+    def stepped(default: str) -> list[Any]:
+        params: list[Any] = [t.detach().to(DEVICE) for t in make_params([(6, 5)], dtype)]
+        chosen = options.get(cls, {"lr": 0.1})
+        optimizer = PAIRS[cls](params, **chosen, backend=backend)
+        for seed, device in enumerate(("cpu", default)):  # torch makes step counts on the default
+            set_grads(params, seed)
+            with torch.device(device):
+                optimizer.step()
+        return [*params, *(dict(optimizer.state[p]) for p in params)]
+
+    assert same(stepped("meta"), stepped("cpu"))

@@ -39,7 +39,7 @@ def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
     if dtype.itemsize < 4 or group["centered"] or group["alpha"] >= 1.0:
         return None
     decay, momentum, sign = group["weight_decay"], group["momentum"], -1 if group["maximize"] else 1
-    infinity = torch.tensor(math.inf)
+    infinity = torch.tensor(math.inf, device="cpu")
     adam = {
         **{"beta1": 0.0, "beta2": group["alpha"], "eps": group["eps"], "amsgrad": False},
         **{"lr": 1.0 if momentum else group["lr"], "weight_decay": 0.0 if momentum else decay},
