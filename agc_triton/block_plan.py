@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agc_triton.blocks import Walk, blocks, find_walk
+from agc_triton.blocks import blocks
 from agc_triton.layouts import Layouts
 from agc_triton.rule import Clip, TensorLists
+from agc_triton.walks import Walk, find_walk
 
 
 class Run:
@@ -23,8 +24,7 @@ class Run:
     def __init__(self, lists: TensorLists, walks: Mapping[int, Walk], alike: bool) -> None:
         self.indices, self.alike = list(walks), alike
         self.dtype = lists.params[self.indices[0]].dtype
-        roles = [role for role in lists.states if role]
-        self.blocks = blocks(walks, lists.params, roles)
+        self.blocks = blocks(walks, lists.params, lists.states)
         views = self._views(lists)
         self._addresses = list(map(Tensor.data_ptr, views))
         self._layouts = Layouts(views)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from agc_triton.block_plan import BlockPlan, Run
-from agc_triton.blocks import Block, Walk, blocks, find_walk
+from agc_triton.blocks import Block, blocks, largest_room
 from agc_triton.nonfinite import Kept, update_others
 from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
 from agc_triton.scratch import Scratch
 from agc_triton.units import norm_dims
+from agc_triton.walks import Walk, find_walk
 
 
 def step(
@@ -57,10 +58,10 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
             by_dtype[param.dtype][i] = walk
     for walks in by_dtype.values():
         found = blocks(walks, params, [grads])
-        scratch = Scratch(found)
+        scratch = Scratch(largest_room(found))
         for block in found:
-            own = [cut.of(grads) for cut in block.cuts]
-            factors = block.factors(own, clip, None, scratch.wide)
+            own = [cut.of(grads) for cut in block.whole.cuts]
+            factors = block.each(block.factors(own, clip, None, scratch))
             for part in block.parts:
                 torch._foreach_mul_(part.states[0], factors)
 
@@ -88,43 +89,41 @@ def _step_blocks(
     own: Sequence[Tensor] | Mapping[int, Tensor] = lists.grads
     if not run.alike:
         own = {i: torch.empty_like(lists.params[i]).copy_(lists.grads[i]) for i in run.indices}
-    scratch = Scratch(run.blocks)
+    scratch = Scratch(largest_room(run.blocks))
     # All views first: between blocks that fill the caches each would take several times as long.
-    bound = [_bind(block, own, lists, scratch) for block in run.blocks]
+    bound = [_bind(block, own, lists.steps, scratch) for block in run.blocks]
     for block, (grads, targets) in zip(run.blocks, bound, strict=True):
-        factors = block.factors(grads, clip, grad_scale, scratch.wide)
-        for part, target in targets:
-            clipped = scratch.clipped(part, factors, target.grads)
-            _step_part(update, target._replace(grads=clipped), factors, clip)
+        factors = block.factors(grads, clip, grad_scale, scratch)
+        for theirs, target in targets:
+            block.scale(theirs, factors, target.grads, scratch)
+            if clip.skipped is None:
+                update(target)
+            else:
+                _update_others(update, target, block.each(factors))
 
 
 def _bind(
     block: Block,
     own: Sequence[Tensor] | Mapping[int, Tensor],
-    lists: TensorLists,
+    steps: list[Tensor],
     scratch: Scratch,
 ) -> tuple[list[Tensor], list[tuple[list[Tensor], TensorLists]]]:
-    """A block's gradients, and for every part its own and the lists to update.
+    """A block's gradients, and for every part its own and what to update.
 
-    The gradients of those lists are room for the clipped ones.
+    The gradients of the latter are room for the clipped ones.
     """
-    grads = [cut.of(own) for cut in block.cuts]
+    grads = [cut.of(own) for cut in block.whole.cuts]
     targets = []
     for part in block.parts:
-        left = iter(part.states)
-        states = tuple(next(left) if role else [] for role in lists.states)
-        steps = [lists.steps[cut.member] for cut in part.cuts] if lists.steps else []
-        theirs = grads if part.cuts == block.cuts else [cut.of(own) for cut in part.cuts]
-        targets.append((theirs, TensorLists(part.params, scratch.room(part), states, steps)))
+        theirs = grads if part is block.whole else [cut.of(own) for cut in part.cuts]
+        targets.append((theirs, part.lists(block.room(part, scratch), steps)))
     return grads, targets
 
 
-def _step_part(update: Update, lists: TensorLists, factors: list[Tensor], clip: Clip) -> None:
+def _update_others(update: Update, lists: TensorLists, factors: list[Tensor]) -> None:
     """Update with clipped gradients; units to be skipped are put back."""
-    kept = []
-    if clip.skipped is not None:
-        views = zip(lists.params, *filter(None, lists.states), strict=True)
-        kept = [Kept(own, factor) for own, factor in zip(views, factors, strict=True)]
+    views = zip(lists.params, *filter(None, lists.states), strict=True)
+    kept = [Kept(own, factor) for own, factor in zip(views, factors, strict=True)]
     update(lists)
     for units in kept:
         units.restore()

@@ -24,7 +24,7 @@ SHAPES = ((4,), (2, 3), (), (8, 5), (37,))
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 12)
-    monkeypatch.setattr(blocks, "SMALL", 8)
+    monkeypatch.setattr(blocks, "JOINED", 8)
 
 
 def make_training(name: str = "AdamW", **options: Any) -> Training:
