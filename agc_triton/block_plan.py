@@ -27,24 +27,21 @@ class Run:
         self.blocks = blocks(walks, lists.params, lists.states)
         views = self._views(lists)
         self._addresses = list(map(Tensor.data_ptr, views))
-        self._layouts = Layouts(views)
-        self._strides = [lists.params[i].stride() for i in self.indices]
+        self._layouts = Layouts(views + self._grads(lists))
 
     def fits(self, lists: TensorLists) -> bool:
         """Whether no tensor has moved or changed its layout."""
         views = self._views(lists)
-        return (
-            list(map(Tensor.data_ptr, views)) == self._addresses
-            and (not self.alike or self._strides_of(lists.grads) == self._strides)
-            and self._layouts.fit(views)
-        )
+        stayed = list(map(Tensor.data_ptr, views)) == self._addresses
+        return stayed and self._layouts.fit(views + self._grads(lists))
 
     def _views(self, lists: TensorLists) -> list[Tensor]:
         roles = (lists.params, *(role for role in lists.states if role))
         return [role[i] for role in roles for i in self.indices]
 
-    def _strides_of(self, grads: list[Tensor]) -> list[tuple[int, ...]]:
-        return [grads[i].stride() for i in self.indices]
+    def _grads(self, lists: TensorLists) -> list[Tensor]:
+        """Those that are walked as they lie."""
+        return [lists.grads[i] for i in self.indices] if self.alike else []
 
 
 class BlockPlan:

@@ -41,6 +41,7 @@ class Single:
         self.parts = [cut_out([part], params, states) for part in parts]
         self.whole = self.parts[0] if parts == [cut] else cut_out([cut], params, ())
         (self._param,) = self.whole.params
+        self._narrow = norm_dtype(self._param.dtype) != self._param.dtype
         self._dims = (0, 2) if cut.walk.strided else tuple(range(1, self._param.dim()))
 
     def factors(
@@ -65,14 +66,19 @@ class Single:
         self, grads: list[Tensor], factors: Tensor, room: list[Tensor], scratch: Scratch
     ) -> None:
         """Put a part's gradients times their factors in its room."""
-        scratch.scale(grads[0], factors, room[0])
+        if self._narrow:
+            scratch.scale(grads[0], factors, room[0])
+        else:
+            torch.mul(grads[0], factors, out=room[0])
 
     def each(self, factors: Tensor) -> list[Tensor]:
         """The factors of every tensor of a part."""
         return [factors]
 
     def _norms(self, tensor: Tensor, scratch: Scratch) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(scratch.wide(tensor), 2, self._dims, True)
+        if self._narrow:
+            tensor = scratch.wide(tensor)
+        norms: Tensor = torch.linalg.vector_norm(tensor, 2, self._dims, True)
         return norms
 
 

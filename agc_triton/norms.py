@@ -31,13 +31,14 @@ def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
     """What each unit's gradient is multiplied with: 1 up to the limit, limit / ||g|| above it.
 
     Source: Brock et al. 2021 (arXiv 2102.06171), equation 3. Where a norm is NaN it is 1. A unit to
-    be skipped has the factor NaN, which no other has.
+    be skipped has the factor NaN, which no other has. ``p_norm`` may be overwritten.
     """
     if clip.clipping * clip.agc_eps >= 2 * SMALLEST and _is_plain(p_norm):
         # No norm over such a limit needs the guard, so NaN and infinity are all there is to mind:
         # the same numbers in fewer operations, each of which costs a block microseconds.
-        ratios = torch.addcdiv(ZERO, p_norm.clamp(min=clip.agc_eps), g_norm, value=clip.clipping)
-        factors = torch.fmin(ratios, ONE)
+        limited = p_norm.clamp_(min=clip.agc_eps)
+        factors = torch.addcdiv(ZERO, limited, g_norm, value=clip.clipping)
+        torch.fmin(factors, ONE, out=factors)
     else:
         limit = p_norm.clamp(min=clip.agc_eps).mul_(clip.clipping)
         factors = torch.where(g_norm > limit, limit / g_norm.clamp(min=SMALLEST), 1.0)

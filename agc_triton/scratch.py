@@ -30,13 +30,10 @@ class Scratch:
         return self._view(like.dtype, like.shape)
 
     def scale(self, grad: Tensor, factors: Tensor, room: Tensor) -> None:
-        """Put a gradient times its factors in ``room``."""
+        """Put a 16-bit gradient times its factors, multiplied in fp32, in ``room``."""
         wide = self.wide(grad)
-        if wide is grad:
-            torch.mul(grad, factors, out=room)
-        else:
-            self._held = None
-            room.copy_(wide.mul_(factors))
+        self._held = None
+        room.copy_(wide.mul_(factors))
 
     def wide(self, tensor: Tensor) -> Tensor:
         """A tensor of `norm_dtype`: itself, or a copy in memory that the next one is written to.

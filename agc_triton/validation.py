@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from agc_triton.layouts import Layouts
 from agc_triton.units import resolve_unit_dim
+from agc_triton.walks import PLAIN
 
 if TYPE_CHECKING:
     from agc_triton.rule import KernelRule
@@ -62,7 +64,7 @@ def check_param(
         TypeError: an FSDP1 flat parameter.
         ValueError: ``unit_dim`` is out of range.
     """
-    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+    if _is_flat(param):
         raise TypeError(
             f"{tensor_name(group, index, i)} is flattened by FullyShardedDataParallel"
             " (FSDP1), which leaves no units to clip; use torch.distributed.fsdp.fully_shard"
@@ -72,6 +74,33 @@ def check_param(
         resolve_unit_dim(param.shape, unit_dim)
     except ValueError as error:
         raise ValueError(f"{error}: {tensor_name(group, index, i)}") from None
+
+
+class CheckedGroups:
+    """Which groups' parameters and gradients have been checked, laid out as they are now."""
+
+    def __init__(self) -> None:
+        self._passed: dict[int, tuple[Any, Layouts]] = {}
+
+    def holds(self, group: Mapping[str, Any], index: int) -> bool:
+        """Whether the checks would pass, as nothing that they look at has changed."""
+        if index not in self._passed:
+            return False
+        known, layouts = self._passed[index]
+        tensors, key = self._seen(group)
+        return key == known and layouts.fit(tensors)
+
+    def add(self, group: Mapping[str, Any], index: int) -> None:
+        """Remember that a group's checks have passed."""
+        tensors, key = self._seen(group)
+        if tensors and all(type(t) in PLAIN for t in tensors):
+            self._passed[index] = key, Layouts(tensors)
+
+    def _seen(self, group: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
+        """Parameters that have a gradient and these gradients; what else is looked at."""
+        params = [p for p in group["params"] if p.grad is not None]
+        key = group["unit_dim"], [(id(p), _is_flat(p)) for p in params]
+        return [*params, *(p.grad for p in params)], key
 
 
 def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -157,6 +186,11 @@ def tensor_name(group: Mapping[str, Any], group_index: int, i: int) -> str:
     names = group.get("param_names")
     name = f" ({names[i]!r})" if names else ""
     return f"parameter {i}{name} of group {group_index}, shape {tuple(group['params'][i].shape)}"
+
+
+def _is_flat(param: Tensor) -> bool:
+    """Whether FSDP1 flattened it."""
+    return getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
 
 
 def _is_real(value: object) -> bool:

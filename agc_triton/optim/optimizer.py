@@ -21,7 +21,15 @@ from agc_triton.explain import explain
 from agc_triton.nonfinite import SkippedUnits, check_finite, check_nonfinite
 from agc_triton.plan import OptimizerPlan
 from agc_triton.rule import Batches, Clip, Rule
-from agc_triton.validation import AGC_OPTIONS, check_grad, check_group, check_loaded, tensor_name
+from agc_triton.validation import (
+    AGC_OPTIONS,
+    CheckedGroups,
+    check_grad,
+    check_group,
+    check_loaded,
+    check_options,
+    tensor_name,
+)
 
 CLIPPING = 1e-2
 AGC_EPS = 1e-3
@@ -102,7 +110,7 @@ class AGCOptimizer(Optimizer):
         dispatch.check_backend(backend)
         check_nonfinite(nonfinite)
         self.backend, self.nonfinite, self._skipped = backend, nonfinite, SkippedUnits()
-        self._block_plans = BlockPlans()
+        self._block_plans, self._checked = BlockPlans(), CheckedGroups()
         self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         torch_init: Any = super().__init__
         torch_init(params, *args, **kwargs)
@@ -157,6 +165,7 @@ class AGCOptimizer(Optimizer):
 
     def _fill_groups(self, before: list[dict[str, Any]]) -> None:
         self.__dict__.setdefault("_skipped", SkippedUnits())
+        self.__dict__.setdefault("_checked", CheckedGroups())
         for index, group in enumerate(self.param_groups):
             options = before[index] if index < len(before) else self.defaults
             for key in AGC_OPTIONS:
@@ -281,6 +290,9 @@ class AGCOptimizer(Optimizer):
 
     def _check_step(self, group: dict[str, Any], index: int) -> None:
         group = self._clipped(group)
+        if self._checked.holds(group, index):
+            check_options(group, f" in parameter group {index}")
+            return
         check_group(group, index)
         if not group["clipping"]:
             return
@@ -296,6 +308,7 @@ class AGCOptimizer(Optimizer):
                     f"{'' if self._skipping() is None else ' without skip_unit'}"
                 )
             check_grad(param, grad, group, index, i)
+        self._checked.add(group, index)
 
     def _graph_capture_check(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
