@@ -27,8 +27,8 @@ class Single:
     """Whole units of one tensor, updated in one part, or in several where the tensor is long.
 
     A block's ``factors(grads, ...)`` finds the factors of its units, with ``grads`` the tensors of
-    ``whole``; ``scale`` then fills a part's ``room`` with clipped gradients, and ``each`` gives the
-    factors of every tensor of a part, which broadcast.
+    ``whole``; ``scale`` then fills a part's ``room`` with clipped gradients or ``scale_`` clips in
+    place, and ``each`` gives the factors of every tensor of a part, which broadcast.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Single:
         states: Sequence[Sequence[Tensor]],
     ) -> None:
         self.parts = [cut_out([part], params, states) for part in parts]
-        self.whole = self.parts[0] if parts == [cut] else cut_out([cut], params, ())
+        self.whole = self.parts[0] if parts == [cut] else cut_out([cut], params, states)
         (self._param,) = self.whole.params
         self._narrow = norm_dtype(self._param.dtype) != self._param.dtype
         self._dims = (0, 2) if cut.walk.strided else tuple(range(1, self._param.dim()))
@@ -70,6 +70,10 @@ class Single:
             scratch.scale(grads[0], factors, room[0])
         else:
             torch.mul(grads[0], factors, out=room[0])
+
+    def scale_(self, grads: list[Tensor], factors: Tensor) -> None:
+        """Multiply a part's gradients with their factors where they are."""
+        grads[0].mul_(factors)
 
     def each(self, factors: Tensor) -> list[Tensor]:
         """The factors of every tensor of a part."""

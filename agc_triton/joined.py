@@ -37,7 +37,7 @@ class Joined:
         def side_by_side(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
             memory = torch.empty(sum(sizes), dtype=dtype, device="cpu")
             pieces = zip(torch.split(memory, sizes), like, strict=True)
-            return memory, [piece.view(p.shape) for piece, p in pieces]
+            return memory, [m if p.dim() == 1 else m.view(p.shape) for m, p in pieces]
 
         self._memory, self._views = side_by_side(norm_dtype(dtype))
         matrices = torch.split(self._memory, [n * length for length, n in rows.items()])
@@ -65,6 +65,14 @@ class Joined:
         self, _grads: list[Tensor], factors: Tensor, _room: list[Tensor], _scratch: Scratch
     ) -> None:
         """Clip the gradients that `factors` left here."""
+        self._scale(factors)
+
+    def scale_(self, grads: list[Tensor], factors: Tensor) -> None:
+        """Clip what `factors` left here, and copy it back."""
+        self._scale(factors)
+        torch._foreach_copy_(grads, self._room)
+
+    def _scale(self, factors: Tensor) -> None:
         for matrix, some in zip(self._matrices, torch.split(factors, self._rows), strict=True):
             matrix.mul_(some[:, None])
         if self._clipped is not self._memory:

@@ -60,10 +60,9 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
         found = blocks(walks, params, [grads])
         scratch = Scratch(largest_room(found))
         for block in found:
-            own = [cut.of(grads) for cut in block.whole.cuts]
-            factors = block.each(block.factors(own, clip, None, scratch))
+            factors = block.factors(block.whole.states[0], clip, None, scratch)
             for part in block.parts:
-                torch._foreach_mul_(part.states[0], factors)
+                block.scale_(part.states[0], factors)
 
 
 def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
