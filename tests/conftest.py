@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from agc_triton import blocks
+
 # Read when agc_triton.kernels is imported: without a GPU its kernels run on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -35,3 +37,10 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture(params=["joined", "alone"])
+def either_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch path's two kinds of blocks: small tensors are joined, or each has its own."""
+    if request.param == "alone":
+        monkeypatch.setattr(blocks, "JOINED", 0)

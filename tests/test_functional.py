@@ -14,6 +14,8 @@ from torch.nn import Embedding, Parameter
 from agc_triton import adaptive_clip_grad_, unitwise_norm
 from tests.helpers import clipped, make_params, random_grad, same, set_grads
 
+pytestmark = pytest.mark.usefixtures("either_block")
+
 # A few roundings of each dtype: two norms, a quotient and a product. fp16 and bf16 round once.
 RTOL = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES: tuple[tuple[int, ...], ...] = (

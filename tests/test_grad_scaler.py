@@ -13,6 +13,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from agc_triton import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
 from tests.helpers import make_params, same, set_grads, train
 
+pytestmark = pytest.mark.usefixtures("either_block")
+
 FUSED = (SGD_AGC, Adam_AGC, AdamW_AGC)
 FUSED_BASES = (SGD, Adam, AdamW, Adagrad)
 

@@ -24,6 +24,8 @@ from tests.cases import (
 from tests.oracle import Oracle
 from tests.tolerances import TOLERANCES
 
+pytestmark = pytest.mark.usefixtures("either_block")
+
 CASES = [(name, mode) for name, mode in STATEFUL_CASES if mode != "differentiable"]
 all_cases = pytest.mark.parametrize(("name", "mode"), CASES)
 

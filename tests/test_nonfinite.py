@@ -33,12 +33,20 @@ from tests.triton_cases import DEVICE, on_device, tile_shapes
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
 
 NAN, INF = float("nan"), float("inf")
-BACKENDS = ("torch", "triton")
 OPTIONS: dict[str, Kwargs] = {
     name: {**STATEFUL[name], "weight_decay": 0.1, "clipping": 0.05} for name in NAMES
 }
 every_name = pytest.mark.parametrize("name", NAMES)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(params=["torch", "torch, alone", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both backends; with the torch path small tensors are joined or each in its own block."""
+    name, _, alone = request.param.partition(", ")
+    if alone:
+        monkeypatch.setattr(blocks, "JOINED", 0)
+    return str(name)
+
 
 # Index of a parameter, index of one of its elements, value.
 Spoil = tuple[int, tuple[int, ...], float]
@@ -134,20 +142,19 @@ STEPS: list[list[Spoil]] = [
 ]
 
 
-@every_backend
 @every_name
 def test_skipped_units_keep_their_bits_and_others_go_on(name: str, backend: str) -> None:
     params = place(make_params(), backend)
     check_skips(name, params, {**OPTIONS[name], "backend": backend}, STEPS)
 
 
+@pytest.mark.usefixtures("either_block")
 @pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
 def test_every_mode_of_the_torch_path(name: str, mode: str) -> None:
     options = {**OPTIONS[name], **MODES[mode]}
     check_skips(name, place(make_params(), "torch"), options, STEPS)
 
 
-@every_backend
 @every_name
 def test_units_along_another_dimension_and_in_another_memory_order(name: str, backend: str) -> None:
     params = [in_order(randn((4, 3, 2)), (2, 0, 1)), randn((3, 4))]
@@ -177,7 +184,6 @@ def test_units_that_several_programs_share_are_counted_once(name: str) -> None:
     assert any(shape.split for shape in tile_shapes(optimizer))
 
 
-@every_backend
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str
 )
@@ -190,7 +196,6 @@ def test_other_dtypes(dtype: torch.dtype, backend: str) -> None:
     check_skips("AdamW", params, options, steps)
 
 
-@every_backend
 @every_name
 @pytest.mark.parametrize("clipping", [0, None])
 def test_groups_without_clipping_have_units_too(
@@ -203,7 +208,6 @@ def test_groups_without_clipping_have_units_too(
     check_skips(name, params, options, STEPS[2:])
 
 
-@every_backend
 @every_name
 def test_a_scaled_gradient_counts_as_what_it_unscales_to(name: str, backend: str) -> None:
     params = place([randn((3, 4)), randn((5,)), randn(())], backend)
@@ -226,7 +230,6 @@ def test_a_scaled_gradient_counts_as_what_it_unscales_to(name: str, backend: str
     check_step(name, optimizer, options, large, [(0, (2, 1), 1e25), (1, (0,), 1e25), (2, (), 1e25)])
 
 
-@every_backend
 def test_steps_that_grad_scaler_skips_count_nothing(backend: str) -> None:
     params = place(make_params(), backend)
     optimizer: Any = build("AdamW", params, {"backend": backend, "nonfinite": "skip_unit"})
@@ -253,7 +256,6 @@ def test_counts_outlive_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert optimizer.skipped_units == expected
 
 
-@every_backend
 def test_the_option_can_change_between_steps(backend: str) -> None:
     params = place([randn((3, 4))], backend)
     optimizer: Any = build("SGD", params, {"backend": backend})

@@ -15,7 +15,9 @@ from torch.nn import Parameter
 import agc_triton
 from tests.cases import build, make_grads, randn, step_with
 from tests.helpers import OURS, SHAPES, make_params, nothing_changes, same, set_grads, train
-from tests.test_nonfinite import INF, NAN, OPTIONS, every_backend, every_name, place, tensors_of
+from tests.test_nonfinite import INF, NAN, OPTIONS, every_name, place, tensors_of
+
+every_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 # numpy, which the interpreter computes with, warns of inf * 0.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")

@@ -30,6 +30,8 @@ from tests.helpers import random_grad, same
 from tests.oracle import Oracle
 from tests.tolerances import TOLERANCES
 
+pytestmark = pytest.mark.usefixtures("either_block")
+
 # Which steps each parameter has a gradient on: always, late, with a gap, late, never, ...
 SHAPES = ((4, 3), (3, 2, 2, 2), (5,), (3, 1, 1, 1), (2, 2), (), (6, 2), (4,))
 PRESENT = ("1111", "0111", "1011", "0111", "0000", "1111", "1111", "1111")

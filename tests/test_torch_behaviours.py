@@ -257,6 +257,7 @@ def test_a_compiled_training_step_on_the_triton_path(cls: Any) -> None:
     assert same(run(compiled=True), run(compiled=False))
 
 
+@pytest.mark.usefixtures("either_block")
 @both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, STATE], ids=["plain", "stateful"])

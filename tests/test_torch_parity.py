@@ -15,6 +15,8 @@ import agc_triton.blocks
 from tests.cases import MODES, NAMES, STATEFUL, STATEFUL_CASES, make_grad
 from tests.helpers import make_params, same
 
+pytestmark = pytest.mark.usefixtures("either_block")
+
 STEPS = 3
 SHAPES = ((17, 3), (4, 3, 2, 2), (6,), (4, 1, 1, 1), ())
 INFOS: dict[str, Any] = {info.name: info for info in optim_db if info.name in NAMES}
