@@ -222,3 +222,20 @@ def test_parameters_of_one_element_keep_their_states_apart() -> None:
     value = left.clone()
     training.train()
     assert torch.equal(left, value)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_groups_of_adamw_that_do_not_say_how_to_decay(backend: str) -> None:
+    """As those of torch 2.6."""
+    optimizers: list[Any] = [
+        PAIRS[torch.optim.AdamW](make_params(), lr=0.1, weight_decay=0.5, backend=backend)
+        for _ in range(2)
+    ]
+    for group in optimizers[0].param_groups:
+        group.pop("decoupled_weight_decay", None)
+    for optimizer in optimizers:
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            p.grad = make_grad(p.shape, seed=i).float().to(DEVICE)
+        optimizer.step()
+    silent, known = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
+    assert same(silent, known)
