@@ -43,7 +43,11 @@ def _fused(group: Mapping[str, Any], _dtype: torch.dtype) -> Update:
     options = _options(group)
 
     def update(lists: TensorLists) -> None:
-        kernel(lists.params, lists.grads, *lists.states, lists.steps, **options)
+        steps = lists.steps
+        if not all(step.is_cpu for step in steps):
+            # torch 2.11 makes them on the default device, where the kernel would not look for them.
+            steps = [step.cpu() for step in steps]
+        kernel(lists.params, lists.grads, *lists.states, steps, **options)
 
     return update
 
