@@ -231,7 +231,7 @@ def test_checkpoints_of_other_optimizers(saver: Any, loader: Any) -> None:
     train(optimizer, params, range(1))
     train(other, others, range(1))
     # Adam and AdamW have the same states and options.
-    if saver.rule is loader.rule:
+    if saver.rule.kernel.name == loader.rule.kernel.name:
         optimizer.load_state_dict(other.state_dict())
         assert same(optimizer.state_dict()["state"], other.state_dict()["state"])
         return
