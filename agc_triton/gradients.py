@@ -21,7 +21,7 @@ class Gradients:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._layouts = Layouts(params)
-        self._shapes = self._layouts.shapes
+        self._shapes, self._kind = self._layouts.shapes, self._layouts.kinds[0]
         self._orders = [memory_order(p) for p in params]
         # Gradients that cannot be walked in step with their parameters, and copies that can.
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -45,8 +45,7 @@ class Gradients:
             if (
                 grad.layout is not torch.strided
                 or grad.shape != shape
-                or grad.dtype != self._layouts.dtype
-                or grad.device != self._layouts.device
+                or (grad.dtype, grad.device) != self._kind
             ):
                 return None
             if memory_order(grad) != order or grad.is_conj() or grad.is_neg():

@@ -15,10 +15,10 @@ TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 
 
 class Layouts:
-    """The shapes and strides of tensors of one dtype and device; it keeps none of them alive."""
+    """The shapes, strides, dtypes and devices of tensors; it keeps none of them alive."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.dtype, self.device = tensors[0].dtype, tensors[0].device
+        self.kinds = [(t.dtype, t.device) for t in tensors]
         self.shapes = [t.shape for t in tensors]
         self.strides = [t.stride() for t in tensors]
         self._guards: Any = None
@@ -34,7 +34,7 @@ class Layouts:
             same = (
                 list(map(Tensor.stride, tensors)) == self.strides
                 and list(map(Tensor.size, tensors)) == self.shapes
-                and all(t.dtype == self.dtype and t.device == self.device for t in tensors)
+                and [(t.dtype, t.device) for t in tensors] == self.kinds
                 and not any(t.is_conj() or t.is_neg() for t in tensors)
             )
         except (TypeError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What a plan on the Triton path expects of its parameters and gradients, before every step."""
+"""What is asked of parameters and gradients before every step, and what a plan expects of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from agc_triton import layouts
+from agc_triton import SGD_AGC, layouts
 from agc_triton.gradients import Gradients
 from agc_triton.layouts import Layouts
+from agc_triton.optim import optimizer as shared
+from tests.helpers import set_grads
 
 OTHERS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "missing": lambda t: None,
@@ -120,3 +122,31 @@ def test_gradients_negated_lazily_are_read_through_a_copy() -> None:
         param.grad = torch._neg_view(grad)
         (address,) = Gradients([param]).read([param]) or [0]
         assert address not in (0, grad.data_ptr())
+
+
+@pytest.mark.usefixtures("_guards")
+def test_checks_are_made_again_only_when_something_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = [Parameter(torch.ones(4, 3)), Parameter(torch.ones(5, dtype=torch.bfloat16))]
+    optimizer = SGD_AGC(params, lr=0.1)
+    checked: list[int] = []
+    monkeypatch.setattr(shared, "check_grad", lambda *args: checked.append(1))
+
+    def step_checks() -> int:
+        checked.clear()
+        optimizer.step()
+        return len(checked)
+
+    set_grads(params, 0)
+    assert step_checks() == 2
+    set_grads(params, 1)
+    assert step_checks() == 0
+    params[0].grad = torch.ones(3, 4).t()
+    assert step_checks() == 2
+    params[1].grad = None
+    assert step_checks() == 1
+    optimizer.param_groups[0]["unit_dim"] = 1
+    optimizer.param_groups[0]["params"] = params[:1]
+    assert step_checks() == 1
+    assert step_checks() == 0
