@@ -209,8 +209,11 @@ def test_groups_without_clipping_have_units_too(
 
 
 @every_name
-def test_a_scaled_gradient_counts_as_what_it_unscales_to(name: str, backend: str) -> None:
-    params = place([randn((3, 4)), randn((5,)), randn(())], backend)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scaled_gradient_counts_as_what_it_unscales_to(
+    dtype: torch.dtype, name: str, backend: str
+) -> None:
+    params = place([randn((3, 4), dtype), randn((5,), dtype), randn((), dtype)], backend)
     options = {**OPTIONS[name], "backend": backend, "nonfinite": "skip_unit"}
     optimizer: Any = build(name, params, options)
     optimizer.grad_scale = torch.full((), 2.0**16, device=params[0].device)
