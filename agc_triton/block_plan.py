@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agc_triton.blocks import blocks
+from agc_triton.blocks import blocks, largest_room
 from agc_triton.layouts import Layouts
 from agc_triton.rule import Clip, TensorLists
 from agc_triton.walks import Walk, find_walk
@@ -25,6 +25,7 @@ class Run:
         self.indices, self.alike = list(walks), alike
         self.dtype = lists.params[self.indices[0]].dtype
         self.blocks = blocks(walks, lists.params, lists.states)
+        self.largest_room = largest_room(self.blocks)
         views = self._views(lists)
         self._addresses = list(map(Tensor.data_ptr, views))
         self._layouts = Layouts(views + self._grads(lists))

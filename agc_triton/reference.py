@@ -88,7 +88,7 @@ def _step_blocks(
     own: Sequence[Tensor] | Mapping[int, Tensor] = lists.grads
     if not run.alike:
         own = {i: torch.empty_like(lists.params[i]).copy_(lists.grads[i]) for i in run.indices}
-    scratch = Scratch(largest_room(run.blocks))
+    scratch = Scratch(run.largest_room)
     # All views first: between blocks that fill the caches each would take several times as long.
     bound = [_bind(block, own, lists.steps, scratch) for block in run.blocks]
     for block, (grads, targets) in zip(run.blocks, bound, strict=True):
