@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,9 @@ def _run(rank: int, work: Callable[[int], Any], folder: str) -> None:
     torch.save(work(rank), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    # All is saved and the group is gone; torch's threads have aborted an interpreter that went on to
+    # take itself down ("terminate called without an active exception").
+    os._exit(0)
 
 
 def on_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
