@@ -28,8 +28,7 @@ def _run(rank: int, work: Callable[[int], Any], folder: str) -> None:
     torch.save(work(rank), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # All is saved and the group is gone; torch's threads have aborted an interpreter that went on to
-    # take itself down ("terminate called without an active exception").
+    # All is saved; at the interpreter's own exit one of torch's threads may abort it.
     os._exit(0)
 
 
