@@ -96,7 +96,9 @@ class BlockPlans:
 
 
 def _options(group: Mapping[str, Any], clip: Clip) -> tuple[Any, ...]:
-    return bool(group.get("foreach") or group.get("differentiable")), clip.unit_dim
+    # On a CPU torch refuses capturable that is not fused, and does so before it counts a step.
+    capturable = group.get("capturable") and not group.get("fused")
+    return bool(group.get("foreach") or group.get("differentiable") or capturable), clip.unit_dim
 
 
 def _partition(

@@ -68,7 +68,7 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
 def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
     """The update of steps counted already: torch's fused kernels unless the user chose others."""
     fused = group.get("fused")
-    if fused is None and group.get("foreach") is None and not group.get("capturable"):
+    if fused is None and group.get("foreach") is None:
         fused = True
     update = rule.fused(group, dtype) if fused else None
     if update is not None:

@@ -44,7 +44,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     shapes: Sequence[tuple[int, ...]] = SHAPES,
 ) -> list[Any]:
-    """Numbers, state names and group after each step, or the error that it ends with."""
+    """Numbers, state names and group after each step, an error and what it leaves at the end."""
     params: list[Any] = make_params(shapes, dtype)
     if options.get("differentiable"):  # torch.optim cannot update leaves that need a gradient then
         params = [p.detach() for p in params]
@@ -52,6 +52,7 @@ def run(
     # with other roundings as long as one is missing.
     late = not options.get("fused") and dtype.itemsize > 2
     after: list[Any] = []
+    optimizer = None
     try:
         optimizer = cls(params, **copy.deepcopy(dict(options)))
         for step in range(STEPS):
@@ -64,7 +65,8 @@ def run(
             names = [list(optimizer.state.get(p, {})) for p in params]
             after.append((kept, names, dict(optimizer.param_groups[0], params=None)))
     except (AssertionError, RuntimeError) as error:
-        after.append((type(error), str(error), {}))
+        left = [] if optimizer is None else [[p, *optimizer.state[p].values()] for p in params]
+        after.append((left, (type(error), str(error)), {}))
     return after
 
 
