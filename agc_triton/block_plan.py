@@ -107,10 +107,10 @@ def _partition(
     """Which parameters go in blocks, and which whole."""
     walks: dict[int, Walk] = {}
     whole: list[int] = []
-    whatever, _ = _options(group, clip)
+    all_whole, _ = _options(group, clip)
     roles = [role for role in lists.states if role]
     for i, param in enumerate(lists.params):
-        walk = None if whatever else find_walk(param, [role[i] for role in roles], clip.unit_dim)
+        walk = None if all_whole else find_walk(param, [role[i] for role in roles], clip.unit_dim)
         if walk is None:
             whole.append(i)
         else:

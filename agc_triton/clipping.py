@@ -15,7 +15,6 @@ from agc_triton.reference import clip_grads_
 from agc_triton.rule import Clip
 from agc_triton.units import norm_dims, resolve_unit_dim
 from agc_triton.validation import (
-    AGC_OPTIONS,
     check_grad,
     check_options,
     check_param,
@@ -52,7 +51,8 @@ def adaptive_clip_grad_(
     """Clip ``.grad`` in place, unit by unit; parameters without a gradient are skipped.
 
     Each unit's gradient norm is held to ``clipping * max(||w||, agc_eps)`` (Brock et al. 2021,
-    arXiv 2102.06171, equation 3). A unit at or under its limit keeps its bits.
+    arXiv 2102.06171, equation 3). A unit at or under its limit keeps its bits, and so does one with
+    NaN; of one with inf that becomes NaN and the rest zero.
 
     Args:
         parameters: a tensor or an iterable of tensors.
@@ -63,10 +63,10 @@ def adaptive_clip_grad_(
         RuntimeError: a gradient that cannot be clipped; none has been changed then.
     """
     dispatch.check_backend(backend)
-    check_options({"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}, "")
+    options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
+    check_options(options, "")
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if clipping:
-        options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         clip_groups_([{"params": params, **options}], backend, _clipper(params))
 
 
@@ -100,7 +100,7 @@ def clip_groups_(
     for group, params in zip(groups, clipper.clip_(groups, backend), strict=True):
         if not group["clipping"]:
             continue
-        clip = Clip(*(group[key] for key in AGC_OPTIONS))
+        clip = Clip.of(group)
         dense = []
         for param in params:
             if param.grad is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from agc_triton.plan import ClipPlan, OptimizerPlan
 from agc_triton.units import memory_order
 from agc_triton.validation import tensor_name
+from agc_triton.walks import PLAIN
 
 if TYPE_CHECKING:
     from agc_triton.optim.optimizer import AGCOptimizer
@@ -25,6 +27,9 @@ BACKENDS = ("auto", "triton", "torch")
 TRITON_NEEDED = (3, 6)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Packages whose frames lie between a warning and the user's line.
+WITHIN = ("agc_triton", "torch")
 
 
 def check_backend(backend: str) -> None:
@@ -95,7 +100,7 @@ def why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | No
         return f"it is on {param.device}, and Triton needs a GPU"
     if missing := kernels_missing():
         return missing
-    if type(param) not in (Tensor, torch.nn.Parameter):
+    if type(param) not in PLAIN:
         return f"a {type(param).__name__} is not a plain tensor"
     if param.dtype.to_real() not in DTYPES:
         return f"its dtype is {param.dtype}"
@@ -177,14 +182,14 @@ class Clipper:
             self._taken = [{id(p) for p in params} for params in taken]
             if any(taken):
                 self._plan = ClipPlan(groups, taken, _launch().StepLauncher)
-                refreshed(self._plan.refresh(groups))
+                check_fits(self._plan.refresh(groups))
         if self._plan is not None:
             self._plan.run()
         pairs = zip(groups, self._taken, strict=True)
         return [[p for p in group["params"] if id(p) not in ids] for group, ids in pairs]
 
 
-def refreshed(fits: bool) -> None:
+def check_fits(fits: bool) -> None:
     """Refuse to launch with tables that do not hold what is there now."""
     if not fits:
         raise AssertionError("a new plan does not fit what it was made from; please report this")
@@ -192,4 +197,8 @@ def refreshed(fits: bool) -> None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+    """Warn at the line outside this package and torch that the step comes from."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"].split(".")[0] in WITHIN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

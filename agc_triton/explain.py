@@ -11,8 +11,8 @@ from torch import Tensor
 
 from agc_triton import dispatch
 from agc_triton.buckets import Bucket, TensorUnits, plan_buckets
-from agc_triton.fused import ALIGNMENT
-from agc_triton.units import memory_order, resolve_unit_dim, unit_layout
+from agc_triton.fused import ALIGNMENT, kernel_layout
+from agc_triton.units import resolve_unit_dim
 
 if TYPE_CHECKING:
     from agc_triton.optim.optimizer import AGCOptimizer
@@ -63,12 +63,7 @@ def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
 
 
 def _units(param: Tensor, unit_dim: int | None, group: int) -> TensorUnits:
-    order = memory_order(param)
-    assert order is not None  # the kernels take only dense parameters
-    layout = unit_layout(param.shape, order, unit_dim)
-    if param.is_complex():
-        layout = layout._replace(inner=2 * layout.inner)
-    return TensorUnits(layout, param.data_ptr() % ALIGNMENT == 0, group)
+    return TensorUnits(kernel_layout(param, unit_dim), param.data_ptr() % ALIGNMENT == 0, group)
 
 
 def _describe(bucket: Bucket, dtype: torch.dtype, states: int) -> dict[str, Any]:

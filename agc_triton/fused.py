@@ -108,7 +108,6 @@ class FusedStep:
         real = params[0].dtype.to_real()
         self.frozen = False
         # Addresses of step counts that are kept in optimizer.state.
-        self.counted: list[int] = []
         n_states = len(members[0].states)
         self._params, self._grads = Layouts(params), Gradients(params)
         roles = [params, *([m.states[s] for m in members] for s in range(n_states))]
@@ -118,7 +117,7 @@ class FusedStep:
         table = np.array([grads, *addresses], np.int64)
         self._aligned = np.all(table % ALIGNMENT == 0, axis=0)
         units = [
-            TensorUnits(_layout(m.param, groups[m.group]), aligned, m.group)
+            TensorUnits(kernel_layout(m.param, groups[m.group]["unit_dim"]), aligned, m.group)
             for m, aligned in zip(members, self._aligned.tolist(), strict=True)
         ]
         self.plan = plan_buckets(units, real.itemsize, n_states)
@@ -210,10 +209,11 @@ class FusedStep:
         return value.data_ptr()
 
 
-def _layout(param: Tensor, group: Mapping[str, Any]) -> UnitLayout:
+def kernel_layout(param: Tensor, unit_dim: int | None) -> UnitLayout:
+    """A dense parameter's layout in real elements: a complex one is two."""
     order = memory_order(param)
-    assert order is not None  # only dense parameters become members
-    layout = unit_layout(param.shape, order, group["unit_dim"])
+    assert order is not None
+    layout = unit_layout(param.shape, order, unit_dim)
     return layout._replace(inner=2 * layout.inner) if param.is_complex() else layout
 
 

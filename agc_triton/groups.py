@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from agc_triton.head import find_head
+from agc_triton.head import Inputs, find_head
 from agc_triton.units import resolve_unit_dim
 
 Exclusion = str | type[nn.Module] | Callable[[str, Tensor], bool]
@@ -48,7 +48,7 @@ def param_groups(
     weight_decay: float | None = None,
     exclude: Exclusion | Iterable[Exclusion] = (),
     exclude_head: bool = True,
-    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    example_inputs: Inputs | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model, ready for any optimizer of this package or `AGC` around another.
 
@@ -65,11 +65,12 @@ def param_groups(
         exclude_head: leave the classifier head unclipped, as Brock et al. 2021 (arXiv 2102.06171,
             section 4.1) do. The head is ``model.get_classifier()`` if there is one, else the last
             Linear that runs on ``example_inputs``, else a layer with a usual name (fc, head,
-            classifier, ...), else the last Linear that torch.fx sees.
-        example_inputs: what ``model(*example_inputs)`` takes, to find the head by running it.
+            classifier, ...), else the only Linear, else the last Linear that torch.fx sees.
+        example_inputs: what the model takes, to find the head by running it in eval mode: a tensor,
+            a tuple of arguments or a mapping of keyword arguments.
 
     Returns:
-        Groups with ``params``, ``param_names``, ``unit_dim`` and the options that differ.
+        Groups with ``params``, ``param_names``, ``unit_dim`` and the options set for them.
 
     Raises:
         ValueError: an exclusion that matches nothing, a head that cannot be told, an uninitialized

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+# What a forward pass takes: a tensor, a tuple of arguments or a mapping of keyword arguments.
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
 _HEAD_NAMES = {"classifier", "fc", "head", "heads", "last_linear", "lm_head", "logits", "score"}
 
 
-def find_head(
-    model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | None = None
-) -> list[nn.Module]:
+def find_head(model: nn.Module, example_inputs: Inputs | None = None) -> list[nn.Module]:
     """The classifier head's modules; empty if the model has no Linear layer.
 
     In this order: ``model.get_classifier()``, the last Linear run on ``example_inputs``, the last
-    Linear or Conv under a usual name at the top of the model, the last Linear that torch.fx traces.
+    Linear or Conv under a usual name at the top of the model, the only Linear, the last Linear that
+    torch.fx traces.
 
     Raises:
         ValueError: there are Linear layers and none of these tells which is the head.
     """
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+    model = _unwrapped(model)
     get_classifier = getattr(model, "get_classifier", None)
     if callable(get_classifier):
         found = get_classifier()
@@ -34,8 +36,8 @@ def find_head(
         return _run(model, list(linears), example_inputs)[-1:]
     if named := _by_name(model):
         return named
-    if not linears:
-        return []
+    if len(linears) < 2:
+        return list(linears)
     if traced := _trace(model):
         return traced
     raise ValueError(
@@ -45,9 +47,18 @@ def find_head(
     )
 
 
-def _run(
-    model: nn.Module, linears: list[nn.Linear], example_inputs: Tensor | tuple[Any, ...]
-) -> list[nn.Module]:
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile, in any order."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _run(model: nn.Module, linears: list[nn.Linear], example_inputs: Inputs) -> list[nn.Module]:
     """Linears in the order in which a forward pass in eval mode runs them."""
     ran: list[nn.Module] = []
 
@@ -56,11 +67,12 @@ def _run(
 
     handles = [linear.register_forward_hook(note) for linear in linears]
     training = [module for module in model.modules() if module.training]
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    args: Any = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    args, kwargs = ((), args) if isinstance(args, Mapping) else (args, {})
     try:
         model.eval()
         with torch.no_grad():
-            model(*inputs)
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -72,9 +84,8 @@ def _run(
 def _by_name(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for name, module in model.named_modules():
-        if name.removeprefix("_orig_mod.").partition(".")[0] in _HEAD_NAMES and isinstance(
-            module, (nn.Linear, _ConvNd)
-        ):
+        top = name.partition(".")[0]
+        if top in _HEAD_NAMES and isinstance(module, (nn.Linear, _ConvNd)):
             found = [module]
     return found
 

@@ -20,18 +20,19 @@ if TYPE_CHECKING:
     from agc_triton.optim.optimizer import AGCOptimizer
 
 
-class Part(NamedTuple):
+class PlannedStep(NamedTuple):
     """A fused step and what it is run on.
 
-    ``counts`` are the entries' step counts, if they have any; ``states`` has, per role, its key in
-    the parameters' ``entries`` of optimizer.state and the tensors that lie in the tables;
-    ``single`` are the indices of one-element parameters.
+    ``counts`` are the entries' step counts, if they have any, ``counted`` their addresses;
+    ``states`` has, per role, its key in the parameters' ``entries`` of optimizer.state and the
+    tensors that lie in the tables; ``single`` are the indices of one-element parameters.
     """
 
     step: FusedStep
     params: list[Tensor]
     entries: list[dict[str, Any]]
     counts: list[Tensor]
+    counted: list[int]
     states: list[tuple[str, list[Tensor]]]
     single: list[int]
 
@@ -74,7 +75,7 @@ class OptimizerPlan:
                 flags = optimizer.rule.kernel.flags(group)
                 key = (member.param.device, member.param.dtype, flags, len(member.states))
                 members.setdefault(key, []).append(member)
-        self.parts = [self._part(optimizer, list_, launcher) for list_ in members.values()]
+        self.steps = [self._planned(optimizer, list_, launcher) for list_ in members.values()]
         self._previous = None
         self._entries = list(optimizer.state.values())
 
@@ -104,9 +105,9 @@ class OptimizerPlan:
                 members.append(Member(param, states, index))
         return members
 
-    def _part(
+    def _planned(
         self, optimizer: AGCOptimizer, members: list[Member], launcher: Callable[..., Any]
-    ) -> Part:
+    ) -> PlannedStep:
         params = [member.param for member in members]
         counts = _one_vector([self.counts[p] for p in params], params[0].device)
         for param, count in zip(params, counts.unbind(), strict=True):
@@ -121,9 +122,9 @@ class OptimizerPlan:
             key = next(key for key, value in entries[0].items() if value is tensors[0])
             states.append((key, list(tensors)))
         single = [i for i, p in enumerate(params) if p.numel() == 1]
-        counted = [entry["step"] for entry in entries if "step" in entry]
-        step.counted = [count.data_ptr() for count in counted]
-        return Part(step, params, entries, counted, states, single)
+        held = [entry["step"] for entry in entries if "step" in entry]
+        counted = list(map(Tensor.data_ptr, held))
+        return PlannedStep(step, params, entries, held, counted, states, single)
 
     def rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Groups of the parameters that take the torch path."""
@@ -132,7 +133,7 @@ class OptimizerPlan:
 
     def captured(self) -> list[FusedStep]:
         """Steps that a captured graph may replay."""
-        return self._captured + [part.step for part in self.parts if part.step.frozen]
+        return self._captured + [planned.step for planned in self.steps if planned.step.frozen]
 
     def refresh(self, optimizer: AGCOptimizer) -> bool:
         """Whether the plan fits what the optimizer holds now; its tables are then up to date."""
@@ -148,12 +149,12 @@ class OptimizerPlan:
             return False
         if any(p.grad is not None for p in self.idle):
             return False
-        for step, params, entries, counts, states, single in self.parts:
+        for step, params, entries, counts, counted, states, single in self.steps:
             if step.frozen:  # a graph replays its tables
                 return False
             if counts and not all(map(is_, map(itemgetter("step"), entries), counts)):
                 return False
-            if list(map(Tensor.data_ptr, counts)) != step.counted:
+            if list(map(Tensor.data_ptr, counts)) != counted:
                 return False
             for key, tensors in states:
                 if not _same_tensors(entries, key, tensors, single):
@@ -164,10 +165,10 @@ class OptimizerPlan:
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Launch everything."""
-        for part in self.parts:
-            device = part.params[0].device
+        for planned in self.steps:
+            device = planned.params[0].device
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                part.step.run(_on(grad_scale, device), _on(found_inf, device), capturing)
+                planned.step.run(_on(grad_scale, device), _on(found_inf, device), capturing)
 
 
 class ClipPlan:
@@ -189,15 +190,15 @@ class ClipPlan:
         for index, params in enumerate(eligible):
             for param in params:
                 members[param.device, param.dtype].append(Member(param, (), index))
-        self._parts: list[tuple[FusedStep, list[weakref.ref[Tensor]]]] = []
+        self._steps: list[tuple[FusedStep, list[weakref.ref[Tensor]]]] = []
         for list_ in members.values():
             counts = torch.zeros(len(list_), device=list_[0].param.device)
             step = FusedStep(CLIP_ONLY, list_, groups, counts, launcher)
-            self._parts.append((step, [weakref.ref(member.param) for member in list_]))
+            self._steps.append((step, [weakref.ref(member.param) for member in list_]))
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the plan fits these groups; its tables are then up to date."""
-        for step, refs in self._parts:
+        for step, refs in self._steps:
             params = [p for p in (ref() for ref in refs) if p is not None]
             if len(params) != len(refs) or not step.refresh(params, [], groups):
                 return False
@@ -205,7 +206,7 @@ class ClipPlan:
 
     def run(self) -> None:
         """Launch everything."""
-        for step, _ in self._parts:
+        for step, _ in self._steps:
             step.run(None, None, False)
 
 

@@ -79,3 +79,8 @@ class Clip(NamedTuple):
     agc_eps: float
     unit_dim: int | None = None
     skipped: SkippedUnits | None = None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], skipped: SkippedUnits | None = None) -> Clip:
+        """The settings in a group."""
+        return cls(group["clipping"], group["agc_eps"], group["unit_dim"], skipped)

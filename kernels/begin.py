@@ -3,7 +3,19 @@
 import triton
 import triton.language as tl
 
-from agc_triton.kernels.layout import ACTIVE, CONSTANTS, TENSOR_FIELDS, TILE_FIELDS, element, row
+from agc_triton.kernels.layout import (
+    ACTIVE,
+    AGC_EPS,
+    CLIPPING,
+    CONSTANTS,
+    DIRECTION,
+    INVERSE_SCALE,
+    OF_RULE,
+    TENSOR_FIELDS,
+    TILE_FIELDS,
+    element,
+    row,
+)
 from agc_triton.kernels.norms import sum_pairs
 from agc_triton.kernels.rules import GROUP_FIXED, RULE_CONSTANTS, RULE_RAW
 
@@ -51,16 +63,17 @@ def _prepare(
         inverse = inverse / tl.load(grad_scale_ptr).to(tl.float64)
     out = constants_ptr + i * CONSTANTS
     tl.store(out + ACTIVE, tl.where(active, 1.0, 0.0).to(tl.float64), mask=mask)
-    tl.store(out + 1, tl.load(raw_ptr, mask=mask, other=0.0), mask=mask)
-    tl.store(out + 2, tl.load(raw_ptr + 1, mask=mask, other=0.0), mask=mask)
-    tl.store(out + 3, inverse, mask=mask)
-    tl.store(out + 4, inverse * tl.load(raw_ptr + 2, mask=mask, other=1.0), mask=mask)
+    tl.store(out + CLIPPING, tl.load(raw_ptr, mask=mask, other=0.0), mask=mask)
+    tl.store(out + AGC_EPS, tl.load(raw_ptr + 1, mask=mask, other=0.0), mask=mask)
+    tl.store(out + INVERSE_SCALE, inverse, mask=mask)
+    sign = tl.load(raw_ptr + 2, mask=mask, other=1.0)
+    tl.store(out + DIRECTION, inverse * sign, mask=mask)
     prepared = PREPARE(raw, step.to(tl.float64))
     for k in tl.static_range(RULE_CONSTANTS):
         if k < len(prepared):
-            tl.store(out + 5 + k, prepared[k], mask=mask)
+            tl.store(out + OF_RULE + k, prepared[k], mask=mask)
         else:
-            tl.store(out + 5 + k, tl.zeros((BLOCK,), tl.float64), mask=mask)
+            tl.store(out + OF_RULE + k, tl.zeros((BLOCK,), tl.float64), mask=mask)
 
 
 @triton.jit

@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agc_triton.buckets import MAX_PARTS
 from agc_triton.kernels import rules
 from agc_triton.kernels.begin import begin
+from agc_triton.kernels.layout import CONSTANTS
 from agc_triton.kernels.step import step
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ PREPARE_BLOCK = 128
 PARTS_COLUMNS = 1024
 BEGIN_WARPS = 8
 
-MAX_PARTS_BLOCK = 1024
+# Where `begin` takes them among its arguments.
+GRAD_SCALE, FOUND_INF = 8, 9
 
 
 def interpreted() -> bool:
@@ -63,7 +66,7 @@ def step_constants(
         "VECTOR": shape.vector,
         "STRIDED": shape.strided,
         "SPLIT": shape.split,
-        "PARTS": MAX_PARTS_BLOCK,
+        "PARTS": triton.next_power_of_2(MAX_PARTS),
         "PREFETCH": prefetch(shape),
         "SKIP": skip,
     }
@@ -157,7 +160,7 @@ class StepLauncher:
         n, device = len(plan.fields), tables.device
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         self.fields = torch.from_numpy(plan.fields).to(device)
-        self.constants = torch.empty(n * 16, dtype=torch.float64, device=device)
+        self.constants = torch.empty(n * CONSTANTS.value, dtype=torch.float64, device=device)
         self.partials = torch.empty(2 * max(plan.slots, 1), dtype=compute, device=device)
         self.parts = torch.from_numpy(plan.parts).to(device)
         self.begins: dict[tuple[bool, bool, bool], Launch] = {}
@@ -192,9 +195,9 @@ class StepLauncher:
         if first is None:
             first = self.begins[key] = self._begin(*key)
         if grad_scale is not None:
-            first.replace(8, grad_scale)
+            first.replace(GRAD_SCALE, grad_scale)
         if found_inf is not None:
-            first.replace(9, found_inf)
+            first.replace(FOUND_INF, found_inf)
         first.fire()
         for launch in self.steps:
             launch.fire()

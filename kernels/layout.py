@@ -7,9 +7,15 @@ import triton.language as tl
 TILE_FIELDS = tl.constexpr(4)
 # A tensor: length of a unit, inner, stride between inner runs, group, span of a part.
 TENSOR_FIELDS = tl.constexpr(5)
-# A tensor's constants: active, clipping, agc_eps, 1 / grad_scale, the same with sign, the rule's.
+# Constants per tensor: room for 16, what they are, and where the rule's own begin. DIRECTION is
+# 1 / grad_scale, negative to maximize.
 CONSTANTS = tl.constexpr(16)
 ACTIVE = tl.constexpr(0)
+CLIPPING = tl.constexpr(1)
+AGC_EPS = tl.constexpr(2)
+INVERSE_SCALE = tl.constexpr(3)
+DIRECTION = tl.constexpr(4)
+OF_RULE = tl.constexpr(5)
 
 
 @triton.jit

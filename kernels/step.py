@@ -3,7 +3,19 @@
 import triton
 import triton.language as tl
 
-from agc_triton.kernels.layout import ACTIVE, CONSTANTS, TENSOR_FIELDS, TILE_FIELDS, element, row
+from agc_triton.kernels.layout import (
+    ACTIVE,
+    AGC_EPS,
+    CLIPPING,
+    CONSTANTS,
+    DIRECTION,
+    INVERSE_SCALE,
+    OF_RULE,
+    TENSOR_FIELDS,
+    TILE_FIELDS,
+    element,
+    row,
+)
 from agc_triton.kernels.norms import clip_factor, sum_pairs
 from agc_triton.kernels.rules import RULE_CONSTANTS
 
@@ -61,7 +73,7 @@ def _update_tile(
             row(addresses_ptr, 2 + s, n_tensors, tensor, offset, DTYPE, VECTOR),
         )
 
-    inverse = tl.load(constants_ptr + 3).to(COMPUTE)
+    inverse = tl.load(constants_ptr + INVERSE_SCALE).to(COMPUTE)
     ps, gs, ats, masks = (), (), (), ()
     p_squares = tl.zeros((ROWS, COLUMNS), COMPUTE)
     g_squares = tl.zeros((ROWS, COLUMNS), COMPUTE)
@@ -99,14 +111,14 @@ def _update_tile(
         p_sum, g_sum = sum_pairs(p_squares, g_squares)
     if SKIP:
         finite = g_sum < float("inf")
-    clipping = tl.load(constants_ptr + 1).to(COMPUTE)
-    agc_eps = tl.load(constants_ptr + 2).to(COMPUTE)
+    clipping = tl.load(constants_ptr + CLIPPING).to(COMPUTE)
+    agc_eps = tl.load(constants_ptr + AGC_EPS).to(COMPUTE)
     factor = clip_factor(p_sum, g_sum, clipping, agc_eps)
-    factor = (factor * tl.load(constants_ptr + 4).to(COMPUTE))[:, None]
+    factor = (factor * tl.load(constants_ptr + DIRECTION).to(COMPUTE))[:, None]
 
     h = ()
     for k in tl.static_range(RULE_CONSTANTS):
-        h = h + (tl.load(constants_ptr + 5 + k).to(COMPUTE),)
+        h = h + (tl.load(constants_ptr + OF_RULE + k).to(COMPUTE),)
     for k in tl.static_range(CHUNKS):
         states = ()
         for s in tl.static_range(STATES):

@@ -210,7 +210,7 @@ def test_auto_takes_the_kernels_and_the_torch_path_for_what_is_on_the_cpu() -> N
         optimizer.step()
         ours.check(on_gpu, states_of(optimizer, on_gpu))
         theirs.check(on_cpu, states_of(optimizer, on_cpu))
-    (part,) = plan_of(optimizer).parts
+    (part,) = plan_of(optimizer).steps
     assert len(part.params) == len(on_gpu)
 
 
@@ -265,7 +265,7 @@ def test_a_parameter_with_gaps_takes_the_torch_path_with_one_warning() -> None:
         oracle.check([param], states_of(optimizer, [param]))
     messages = [str(w.message) for w in caught]
     assert messages == ["CUDA parameters take the torch path: it is not dense in memory"]
-    assert len(plan_of(optimizer).parts[0].params) == 1
+    assert len(plan_of(optimizer).steps[0].params) == 1
 
 
 @pytest.mark.usefixtures("warned_afresh")

@@ -291,7 +291,7 @@ def test_empty_parameters_need_no_kernel() -> None:
 
 def test_a_plan_that_does_not_fit_is_never_launched() -> None:
     with pytest.raises(AssertionError, match="please report"):
-        dispatch.refreshed(False)
+        dispatch.check_fits(False)
 
 
 def test_nothing_to_do() -> None:

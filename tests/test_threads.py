@@ -84,7 +84,7 @@ class Recorded:
                 names[p.grad.data_ptr()] = f"g{i}"
             for key, state in self.optimizer.state.get(p, {}).items():
                 names[state.data_ptr()] = f"{key}{i}"
-        (part,) = plan_of(self.optimizer).parts
+        (part,) = plan_of(self.optimizer).steps
         tables, launcher = part.step.tables, part.step.launcher
         mine = [*vars(tables).values(), *vars(launcher).values(), tables.pointers]
         mine += self.optimizer._skipped._slots.get(torch.device(DEVICE), [])

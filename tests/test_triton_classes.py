@@ -290,7 +290,7 @@ def test_all_dtypes_in_one_optimizer() -> None:
         optimizer.step()
         for dtype, list_ in params.items():
             oracles[dtype].check(list_, states_of(optimizer, list_))
-    assert len(plan_of(optimizer).parts) == len(params)
+    assert len(plan_of(optimizer).steps) == len(params)
 
 
 @pytest.mark.usefixtures("unmerged")
@@ -306,7 +306,7 @@ def test_offsets_beyond_32_bits(unit_dim: int) -> None:
     run.step(grads=grads)
     # As if each tensor began 24 GiB before where it is, and were stepped from there on.
     far = 3 << 31
-    (part,) = plan_of(run.optimizer).parts
+    (part,) = plan_of(run.optimizer).steps
     launcher, addresses = part.step.launcher, part.step.tables.addresses
     for launch in launcher.steps:
         launch.args[0][:, 1] += far

@@ -249,7 +249,7 @@ def test_what_scratch_memory_held_does_not_matter(name: str) -> None:
     oracle = KernelOracle(name, params, **STATEFUL[name], clipping=CLIPPING)
     for step, value in enumerate((0.0, torch.inf, 1e300)):
         if step:
-            (part,) = plan_of(optimizer).parts
+            (part,) = plan_of(optimizer).steps
             part.step.launcher.constants.fill_(value)
             part.step.launcher.partials.fill_(min(value, 1e38))
         grads = [make_grad(p.shape, seed=step).float().to(DEVICE) for p in params]

@@ -132,7 +132,7 @@ def plan_of(optimizer: Any) -> OptimizerPlan:
 
 def bucket_plans(optimizer: Any) -> list[BucketPlan]:
     """What the planner decided, per dtype and set of flags."""
-    return [part.step.plan for part in plan_of(optimizer).parts]
+    return [part.step.plan for part in plan_of(optimizer).steps]
 
 
 def tile_shapes(optimizer: Any) -> set[TileShape]:

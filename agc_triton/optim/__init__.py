@@ -1,4 +1,4 @@
-"""Optimizers with adaptive gradient clipping; `agc_optims.optim` in one word."""
+"""Optimizers with adaptive gradient clipping, under the path that they have in agc_optims."""
 
 from agc_triton.optim.adam import Adam_AGC
 from agc_triton.optim.adamw import AdamW_AGC

@@ -7,17 +7,15 @@ import math
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pandas import DataFrame
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from agc_triton import dispatch, reference
 from agc_triton.block_plan import BlockPlans
-from agc_triton.explain import explain
 from agc_triton.nonfinite import SkippedUnits, check_finite, check_nonfinite
 from agc_triton.plan import OptimizerPlan
 from agc_triton.rule import Batches, Clip, Rule
@@ -30,6 +28,9 @@ from agc_triton.validation import (
     check_options,
     tensor_name,
 )
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CLIPPING = 1e-2
 AGC_EPS = 1e-3
@@ -47,15 +48,17 @@ AGC_DOC = """
         unit_dim: dimension that indexes units; None for 0, as Linear, Conv and Embedding need.
             Tensors of squeezed rank <= 1 are one unit whatever it says.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-        nonfinite: what a gradient with NaN or inf does. ``"propagate"``: what it does in
-            torch.optim. ``"skip_unit"``: a unit whose gradient norm is not finite keeps its weights
-            and states (`skipped_units` counts these), all others and the step count go on; the norm
-            is inf too where only the sum of squares overflows, beyond about 1.8e19 in fp32.
+        nonfinite: what a gradient with NaN or inf does. ``"propagate"``: NaN goes into the weights
+            as in torch.optim, its unit unclipped; inf does as NaN, and the rest of its unit gets
+            zero. ``"skip_unit"``: a unit whose gradient norm is not finite keeps its weights and
+            states (`skipped_units` counts these), all others and the step count go on; the norm is
+            inf too where only the sum of squares overflows, beyond about 1.8e19 in fp32.
             ``"raise"``: an error before anything has changed, for which each step waits for the
             device.
 
     Raises:
-        ValueError: torch.optim's own checks, or an AGC option out of range or not known.
+        ValueError: torch.optim's own checks, an AGC option out of range or not known, or
+            ``backend="triton"`` with an option that means the torch path.
         TypeError: an AGC option of the wrong type, or an FSDP1 flat parameter.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
@@ -90,6 +93,8 @@ class AGCOptimizer(Optimizer):
     def __init_subclass__(cls) -> None:
         """Show torch's arguments and ours in help() and inspect.signature()."""
         super().__init_subclass__()
+        if "rule" not in vars(cls):  # a user's subclass speaks for itself
+            return
         ours = inspect.signature(AGCOptimizer.__init__).parameters.values()
         _, *theirs = inspect.signature(super().__init__).parameters.values()
         merged = [*theirs, *(p for p in ours if p.kind is p.KEYWORD_ONLY)]
@@ -151,6 +156,8 @@ class AGCOptimizer(Optimizer):
         try:
             super().__setstate__(state)
             self._block_plans = BlockPlans()  # old ones keep the memory of the states replaced
+            self.__dict__.setdefault("_skipped", SkippedUnits())
+            self.__dict__.setdefault("_checked", CheckedGroups())
             self._fill_groups(before)
             if kept:
                 for index, group in enumerate(self.param_groups):
@@ -164,14 +171,13 @@ class AGCOptimizer(Optimizer):
             raise
 
     def _fill_groups(self, before: list[dict[str, Any]]) -> None:
-        self.__dict__.setdefault("_skipped", SkippedUnits())
-        self.__dict__.setdefault("_checked", CheckedGroups())
         for index, group in enumerate(self.param_groups):
             options = before[index] if index < len(before) else self.defaults
             for key in AGC_OPTIONS:
                 group.setdefault(key, options[key])
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.optim's own methods
+    # Plans are found by address, which a traced step has none of.
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # not in torch's stubs
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
         """Clip and update once.
 
@@ -180,8 +186,11 @@ class AGCOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, one whose dtype, device or shape is not its
-                parameter's, or with ``nonfinite="raise"`` one that is not finite; nothing has been
-                changed then.
+                parameter's, with ``nonfinite="raise"`` one that is not finite, or with
+                ``backend="triton"`` a parameter that the kernels cannot take.
+            TypeError, ValueError: an option of a group that was changed to what is not one.
+
+        Nothing has been changed after any of these.
         """
         if "capturable" in self.defaults:
             self._graph_capture_check()
@@ -202,7 +211,11 @@ class AGCOptimizer(Optimizer):
         return self._skipped.total()
 
     def explain(self, bandwidth: float = 3.0e12) -> DataFrame:
-        """What a step does, one row per launch that updates parameters, and a total.
+        """What a step does: a row per launch, or per reason why torch does it, and a total.
+
+        ``class`` is "begin" for the launch that prepares a step, "rows" for programs of several
+        units, "registers" for one unit each, "split" for parts of longer ones. Parameters count
+        with or without a gradient.
 
         Args:
             bandwidth: bytes per second of the device's memory, for the floor in ms; the default is
@@ -212,6 +225,8 @@ class AGCOptimizer(Optimizer):
             columns backend, why, device, dtype, class, tensors, units, elements, tile (rows x
             columns x chunks), num_warps, bytes, launches (of this package's kernels), floor_ms.
         """
+        from agc_triton.explain import explain  # pandas takes longer to import than all of this
+
         return explain(self, bandwidth)
 
     def _step_groups(self) -> None:
@@ -235,7 +250,7 @@ class AGCOptimizer(Optimizer):
             if not fits:
                 self._plan = dispatch.plan(self, self._plan)
                 if self._plan is not None:
-                    dispatch.refreshed(self._plan.refresh(self))
+                    dispatch.check_fits(self._plan.refresh(self))
                     rest = self._plan.rest(self.param_groups)
             # A host sync on CUDA, as GradScaler itself has for optimizers it cannot fuse with.
             if rest and found_inf is not None and found_inf.item():
@@ -255,8 +270,7 @@ class AGCOptimizer(Optimizer):
         for index, (group, batches) in enumerate(created):
             for at, (lists, options) in enumerate(batches):
                 if group["clipping"]:
-                    clip = Clip(*(group[key] for key in AGC_OPTIONS))
-                    clip = clip._replace(skipped=self._skipping())
+                    clip = Clip.of(group, self._skipping())
                     plan = self._block_plans.get((index, at), lists, options, clip)
                     reference.step(self.rule, plan, lists, options, clip, scale)
                     continue

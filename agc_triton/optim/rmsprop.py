@@ -13,8 +13,10 @@ from torch.optim.rmsprop import RMSprop, rmsprop
 from agc_triton.optim.optimizer import AGCOptimizer
 from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update
 
-_FLAGS = ("foreach", "maximize", "differentiable", "capturable")
-_OPTIONS = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
+_ARGUMENTS = (
+    *("lr", "alpha", "eps", "weight_decay", "momentum", "centered"),
+    *("foreach", "maximize", "differentiable", "capturable"),
+)
 
 
 def _update(lists: TensorLists, group: Mapping[str, Any], **_scaler: Tensor | None) -> None:
@@ -25,7 +27,7 @@ def _update(lists: TensorLists, group: Mapping[str, Any], **_scaler: Tensor | No
         *lists.states,
         lists.steps,
         has_complex=any(p.is_complex() for p in lists.params),
-        **{key: group[key] for key in (*_FLAGS, *_OPTIONS)},
+        **{key: group[key] for key in _ARGUMENTS},
     )
 
 
@@ -41,13 +43,21 @@ def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
     decay, momentum, sign = group["weight_decay"], group["momentum"], -1 if group["maximize"] else 1
     infinity = torch.tensor(math.inf, device="cpu")
     adam = {
-        **{"beta1": 0.0, "beta2": group["alpha"], "eps": group["eps"], "amsgrad": False},
-        **{"lr": 1.0 if momentum else group["lr"], "weight_decay": 0.0 if momentum else decay},
+        "lr": 1.0 if momentum else group["lr"],
+        "beta1": 0.0,
+        "beta2": group["alpha"],
+        "eps": group["eps"],
+        "weight_decay": 0.0 if momentum else decay,
+        "amsgrad": False,
         "maximize": group["maximize"],
     }
     sgd = {
-        **{"lr": group["lr"], "momentum": momentum, "dampening": 0.0, "weight_decay": 0.0},
-        **{"nesterov": False, "is_first_step": False},
+        "lr": group["lr"],
+        "momentum": momentum,
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+        "nesterov": False,
+        "is_first_step": False,
         "maximize": True,  # the steps from zero are negative
     }
 

@@ -54,7 +54,8 @@ class AGC(Optimizer):
         optimizer.defaults.update(options)
         self._fill_groups()
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.optim's own methods
+    # Plans are found by address, which a traced step has none of.
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # not in torch's stubs
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
         """Clip, then step the base; with a closure, clip after each of the base's evaluations.
 
