@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agc_triton import dispatch
+from agc_triton.fused import FusedStep
 from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.reference import clip_grads_
 from agc_triton.rule import Clip
@@ -73,6 +74,8 @@ def adaptive_clip_grad_(
 # Plans of the latest callers; they keep no parameter alive.
 _clippers: OrderedDict[tuple[int, ...], dispatch.Clipper] = OrderedDict()
 _CLIPPERS = 8
+# What captured graphs replay outlives its plan.
+_captured: list[FusedStep] = []
 
 
 def _clipper(params: list[Tensor]) -> dispatch.Clipper:
@@ -81,7 +84,8 @@ def _clipper(params: list[Tensor]) -> dispatch.Clipper:
     clipper = _clippers.pop(key, None) or dispatch.Clipper()
     _clippers[key] = clipper
     while len(_clippers) > _CLIPPERS:
-        _clippers.popitem(last=False)
+        _, dropped = _clippers.popitem(last=False)
+        _captured.extend(dropped.captured)
     return clipper
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from agc_triton.fused import FusedStep
 from agc_triton.plan import ClipPlan, OptimizerPlan
-from agc_triton.units import memory_order
+from agc_triton.units import has_units, memory_order
 from agc_triton.validation import tensor_name
 from agc_triton.walks import PLAIN
 
@@ -49,7 +49,8 @@ def check_backend(backend: str) -> None:
 def kernels_missing() -> str | None:
     """Why the Triton kernels cannot be used in this process, or None."""
     try:
-        version = importlib.metadata.version("triton")
+        # Builds for other platforms have distributions of other names.
+        version = importlib.import_module("triton").__version__
         if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
             return f"triton {version} is older than {'.'.join(map(str, TRITON_NEEDED))}"
         importlib.import_module("agc_triton.kernels.launch")
@@ -106,6 +107,10 @@ def why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | No
         return f"its dtype is {param.dtype}"
     if memory_order(param) is None:
         return "it is not dense in memory"
+    if param.is_conj() or param.is_neg():
+        return "it is a view that conjugates or negates"
+    if not group["clipping"] and not has_units(param.shape, group["unit_dim"]):
+        return f"unit_dim={group['unit_dim']} is out of range"
     if param.grad is not None and param.grad.layout is not torch.strided:
         return "its gradient is sparse"
     return None
@@ -139,11 +144,14 @@ def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]
     return taken
 
 
-def plan(optimizer: AGCOptimizer, previous: OptimizerPlan | None) -> OptimizerPlan | None:
+def plan(
+    optimizer: AGCOptimizer, previous: OptimizerPlan | None, capturing: bool
+) -> OptimizerPlan | None:
     """The Triton path's plan for an optimizer, or None if nothing takes it.
 
     Raises:
-        RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take.
+        RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take, or a CUDA
+            graph is being captured.
     """
     taken = [
         eligible(optimizer.backend, group, index)
@@ -151,6 +159,7 @@ def plan(optimizer: AGCOptimizer, previous: OptimizerPlan | None) -> OptimizerPl
     ]
     if not any(taken):
         return None
+    _refuse_capture(capturing, "step()")
     launcher = functools.partial(_launch().StepLauncher, skipped=optimizer._skipping())
     return OptimizerPlan(optimizer, taken, launcher, previous)
 
@@ -162,6 +171,8 @@ class Clipper:
         self._key: tuple[Any, ...] = ()
         self._taken: list[set[int]] = []
         self._plan: ClipPlan | None = None
+        # Steps that captured graphs replay.
+        self.captured: list[FusedStep] = []
 
     def clip_(self, groups: Sequence[Mapping[str, Any]], backend: str) -> list[list[Tensor]]:
         """Clip what the kernels take; returns, per group, the parameters that they do not.
@@ -169,10 +180,12 @@ class Clipper:
         Raises:
             RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take.
         """
-        key = tuple(
+        of_groups = (
             (*map(id, group["params"]), group["unit_dim"], bool(group["clipping"]))
             for group in groups
         )
+        key = (backend, *of_groups)
+        capturing = is_capturing()
         if self._plan is None or key != self._key or not self._plan.refresh(groups):
             self._key, self._plan = key, None
             taken = [
@@ -181,12 +194,27 @@ class Clipper:
             ]
             self._taken = [{id(p) for p in params} for params in taken]
             if any(taken):
-                self._plan = ClipPlan(groups, taken, _launch().StepLauncher)
+                _refuse_capture(capturing, "clipping")
+                self._plan = ClipPlan(groups, taken, _launch().StepLauncher, self.captured)
                 check_fits(self._plan.refresh(groups))
         if self._plan is not None:
-            self._plan.run()
+            self._plan.run(capturing)
         pairs = zip(groups, self._taken, strict=True)
         return [[p for p in group["params"] if id(p) not in ids] for group, ids in pairs]
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_capture(capturing: bool, what: str) -> None:
+    """Plans need memory and copies that a capture allows none of."""
+    if capturing:
+        raise RuntimeError(
+            f"a CUDA graph cannot capture {what} without a plan for these parameters, options and"
+            f" layouts of gradients; run {what} once on them before the capture"
+        )
 
 
 def check_fits(fits: bool) -> None:

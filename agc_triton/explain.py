@@ -12,7 +12,7 @@ from torch import Tensor
 from agc_triton import dispatch
 from agc_triton.buckets import Bucket, TensorUnits, plan_buckets
 from agc_triton.fused import ALIGNMENT, kernel_layout
-from agc_triton.units import resolve_unit_dim
+from agc_triton.units import has_units, resolve_unit_dim
 
 if TYPE_CHECKING:
     from agc_triton.optim.optimizer import AGCOptimizer
@@ -29,7 +29,7 @@ def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
     fused: defaultdict[tuple[Any, ...], list[TensorUnits]] = defaultdict(list)
     others: defaultdict[tuple[Any, ...], list[tuple[Tensor, int, int]]] = defaultdict(list)
     for index, group in enumerate(optimizer.param_groups):
-        states, flags = kernel.states(group), kernel.flags(group)
+        states, flags = len(kernel.states(group)), kernel.flags(group)
         for param in group["params"]:
             kind = (str(param.device), str(param.dtype).removeprefix("torch."))
             reason = dispatch.why_torch(optimizer.backend, group, param)
@@ -37,7 +37,8 @@ def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
                 key = (*kind, param.dtype, states, flags)
                 fused[key].append(_units(param, group["unit_dim"], index))
             else:
-                dim = resolve_unit_dim(param.shape, group["unit_dim"])
+                known = has_units(param.shape, group["unit_dim"])
+                dim = resolve_unit_dim(param.shape, group["unit_dim"]) if known else None
                 count = 1 if dim is None else param.shape[dim]
                 others[(*kind, reason)].append((param, states, count))
     rows = []

@@ -7,6 +7,7 @@ alignment, other tensors) makes `FusedStep.refresh` return False, and the caller
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import is_
@@ -33,7 +34,10 @@ RULE_VALUES = 8
 # A change of one of these asks for another plan, not for another value in the tables.
 STRUCTURAL = ("unit_dim", "foreach", "fused", "differentiable", "capturable")
 
-CLIP_ONLY = KernelRule("clip", lambda group: 0, lambda group: 0, lambda group: ())
+# Captures that a plan has pinned memory for: none can be had while a graph is captured.
+CAPTURES = 16
+
+CLIP_ONLY = KernelRule("clip", lambda group: 0, lambda group: (), lambda group: ())
 
 
 class Member(NamedTuple):
@@ -47,35 +51,66 @@ class Member(NamedTuple):
 class Tables:
     """Addresses and group values: one host array, one device tensor, one copy when they differ.
 
-    ``counts`` holds the step count of each tensor, fp32 on the device as torch's fused=True has it.
+    Addresses are those of parameters, gradients, step counts and states, a row per role.
     """
 
-    def __init__(self, roles: int, groups: int, counts: Tensor) -> None:
-        self.roles, self.counts, self.device = roles, counts, counts.device
-        addresses = roles * len(counts)
+    def __init__(self, roles: int, tensors: int, groups: int, device: torch.device) -> None:
+        self.roles, self.device = roles, device
+        self._sizes = roles, tensors, groups
+        addresses = roles * tensors
         values = addresses + groups * (FIXED_VALUES + RULE_VALUES)
         size = values + groups * RULE_VALUES
         self._host = np.zeros(size, np.int64)
         self.host_addresses = self._host[:addresses].reshape(roles, -1)
         self.host_values = self._host[addresses:values].view(np.float64).reshape(groups, -1)
         self.host_pointers = self._host[values:].reshape(groups, -1)
-        self._on_device = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self._on_device = torch.empty(size, dtype=torch.int64, device=self.device)
         self.addresses = self._on_device[:addresses]
         self.values = self._on_device[addresses:values].view(torch.float64)
         self.pointers = self._on_device[values:]
         # Whether any hyperparameter is read from a tensor on the device.
         self.has_pointers = False
-        # Replays of a captured graph copy from it again: kept, and written in capture only.
-        self._captured = self._staging()
+        # Memory for captured graphs to copy from, which twins share.
+        self._for_captures: list[Tensor] = []
 
-    def _staging(self) -> Tensor:
+    def twin(self) -> Tables:
+        """Tables with the same contents, which have not been uploaded."""
+        twin = Tables(*self._sizes, self.device)
+        twin._host[:] = self._host
+        twin._for_captures = self._for_captures
+        return twin
+
+    def _staging(self, rows: int) -> Tensor:
         # torch's pool hands a pinned block out again only when the copies from it have finished.
         pinned = self.device.type == "cuda"
-        return torch.empty(len(self._host), dtype=torch.int64, device="cpu", pin_memory=pinned)
+        size = rows, len(self._host)
+        return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
+
+    def set_group(self, index: int, values: list[float], pointers: list[int]) -> bool:
+        """Write a group's row; whether that has changed anything."""
+        rows = (self.host_values[index], values), (self.host_pointers[index], pointers)
+        changed = any(row[: len(new)].tolist() != new for row, new in rows)
+        for row, new in rows:
+            row[: len(new)] = new
+        return changed
 
     def upload(self, capturing: bool) -> None:
-        """Copy the host's values to the device without waiting for it."""
-        staging = self._captured if capturing else self._staging()
+        """Copy the host's values to the device without waiting for it.
+
+        Raises:
+            RuntimeError: more captures than there is memory for.
+        """
+        if capturing:
+            if not self._for_captures:
+                raise RuntimeError(
+                    f"no more than {CAPTURES} steps can be captured in CUDA graphs without a step"
+                    " in between that is not captured; make one"
+                )
+            # Replays copy from it again.
+            staging = self._replayed = self._for_captures.pop()
+        else:
+            self._for_captures = self._for_captures or list(self._staging(CAPTURES))
+            staging = self._staging(1)[0]
         staging.numpy()[:] = self._host
         self.has_pointers = bool(self.host_pointers.any())
         self._on_device.copy_(staging, non_blocking=True)
@@ -90,7 +125,7 @@ class FusedStep:
         rule: the update rule.
         members: parameters: dense, not empty, of one device and dtype.
         groups: the options of all groups.
-        counts: fp32 step counts on the device, one per member.
+        counts: fp32 step counts on the device, one element per member; they are kept alive.
         launcher: `agc_triton.kernels.launch.StepLauncher`.
     """
 
@@ -99,15 +134,14 @@ class FusedStep:
         rule: KernelRule,
         members: Sequence[Member],
         groups: Sequence[Mapping[str, Any]],
-        counts: Tensor,
+        counts: Sequence[Tensor],
         launcher: Callable[..., Any],
     ) -> None:
         params = [member.param for member in members]
-        self.rule = rule
+        self.rule, self.device, self._counts = rule, params[0].device, counts
         self.flags = rule.flags(groups[members[0].group])
         real = params[0].dtype.to_real()
         self.frozen = False
-        # Addresses of step counts that are kept in optimizer.state.
         n_states = len(members[0].states)
         self._params, self._grads = Layouts(params), Gradients(params)
         roles = [params, *([m.states[s] for m in members] for s in range(n_states))]
@@ -121,15 +155,29 @@ class FusedStep:
             for m, aligned in zip(members, self._aligned.tolist(), strict=True)
         ]
         self.plan = plan_buckets(units, real.itemsize, n_states)
-        self.tables = Tables(2 + n_states, len(groups), counts)
-        for role, of_role in zip((0, *range(2, 2 + n_states)), addresses, strict=True):
+        self.tables = Tables(3 + n_states, len(params), len(groups), self.device)
+        for role, of_role in zip((0, *range(3, 3 + n_states)), addresses, strict=True):
             self.tables.host_addresses[role] = of_role
+        self.tables.host_addresses[2] = list(map(Tensor.data_ptr, counts))
         self.launcher = launcher(self.plan, self.tables, rule.name, self.flags, real)
         self._grad_addresses: list[int] = []
         self._groups: dict[int, dict[str, Any]] = {m.group: {} for m in members}
         self._tensors = dict.fromkeys(self._groups, False)
+        # Hyperparameters on other devices than this one, by group and position.
+        self._brought: dict[tuple[int, int], Tensor] = {}
         self._structure = {g: _structure(groups[g]) for g in self._groups}
         self._changed = True
+
+    def twin(self) -> FusedStep:
+        """The same step with tables of its own; this one is left to the graphs that captured it."""
+        twin = copy.copy(self)
+        twin.frozen, twin._changed = False, True
+        twin.tables = self.tables.twin()
+        twin.launcher = self.launcher.twin(twin.tables)
+        twin._grads = copy.copy(self._grads)
+        twin._groups, twin._tensors = dict(self._groups), dict(self._tensors)
+        twin._brought = dict(self._brought)
+        return twin
 
     def refresh(
         self,
@@ -153,7 +201,7 @@ class FusedStep:
         if self._changed:
             self.tables.upload(capturing)
             self._changed = False
-        self.launcher.fire(grad_scale, found_inf)
+        self.launcher.fire(grad_scale, found_inf, capturing)
         if self.rule is CLIP_ONLY:
             self._grads.write_back()
         self._grads.drop_copies()
@@ -173,11 +221,15 @@ class FusedStep:
         return True
 
     def _refresh_group(self, index: int, group: Mapping[str, Any]) -> bool:
-        options = {key: value for key, value in group.items() if key != "params"}
+        # Lists may be changed in place.
+        options = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in group.items()
+            if key != "params"
+        }
         before = self._groups[index]
-        if not self._tensors[index] and _identical(options, before):
-            return True
-        if _same(options, before):
+        # What a tensor holds, and where, may have changed.
+        if not self._tensors[index] and (_identical(options, before) or _same(options, before)):
             return True
         if _structure(group) != self._structure[index] or self.rule.flags(group) != self.flags:
             return False
@@ -186,21 +238,24 @@ class FusedStep:
         values = [group["clipping"] or math.inf, group["agc_eps"], sign]
         pointers = []
         hyper = self.rule.hyper(group)
-        for value in hyper:
-            pointer = self._pointer(value, group, index) if isinstance(value, Tensor) else 0
+        for k, value in enumerate(hyper):
+            pointer = self._pointer(value, group, index, k) if isinstance(value, Tensor) else 0
             pointers.append(pointer)
             values.append(0.5 if pointer else float(value))
-        self.tables.host_values[index, : len(values)] = values
-        self.tables.host_pointers[index, : len(pointers)] = pointers
+        self._changed |= self.tables.set_group(index, values, pointers)
         self._groups[index] = options
         self._tensors[index] = any(isinstance(value, Tensor) for value in hyper)
-        self._changed = True
         return True
 
-    def _pointer(self, value: Tensor, group: Mapping[str, Any], index: int) -> int:
-        """Where the kernels read a hyperparameter, or 0 if its value goes in the tables."""
-        if value.device != self.tables.device or not (value.is_cuda or group.get("capturable")):
+    def _pointer(self, value: Tensor, group: Mapping[str, Any], index: int, k: int) -> int:
+        """Where the kernels read the k-th hyperparameter, or 0 if its value goes in the tables."""
+        if not (value.is_cuda or (group.get("capturable") and value.device == self.device)):
             return 0
+        if value.device != self.device:
+            if (index, k) not in self._brought:
+                self._brought[index, k] = torch.empty_like(value, device=self.device)
+            brought = self._brought[index, k]
+            value = brought.copy_(value, non_blocking=True)
         if value.dtype != torch.float32:
             raise RuntimeError(
                 f"a hyperparameter tensor on {value.device} must be float32, not"
@@ -227,7 +282,6 @@ def _identical(options: dict[str, Any], before: dict[str, Any]) -> bool:
 
 
 def _same(options: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether no option can have changed, some being tensors: host tensors always can have."""
     return options.keys() == before.keys() and all(
         _same_value(value, before[key]) for key, value in options.items()
     )
@@ -236,6 +290,6 @@ def _same(options: dict[str, Any], before: dict[str, Any]) -> bool:
 def _same_value(value: Any, before: Any) -> bool:
     if isinstance(value, tuple):
         return type(before) is tuple and all(map(_same_value, value, before))
-    if isinstance(value, Tensor):
-        return value is before and value.is_cuda
-    return not isinstance(before, Tensor) and bool(value == before)
+    if isinstance(value, Tensor) or isinstance(before, Tensor):
+        return value is before
+    return bool(value == before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from agc_triton.fused import CLIP_ONLY, FusedStep, Member
+from agc_triton.rule import KernelRule
 from agc_triton.units import memory_order
 from agc_triton.validation import check_grad, check_states
+from agc_triton.versions import count_writes
 
 if TYPE_CHECKING:
     from agc_triton.optim.optimizer import AGCOptimizer
@@ -25,7 +27,8 @@ class PlannedStep(NamedTuple):
 
     ``counts`` are the entries' step counts, if they have any, ``counted`` their addresses;
     ``states`` has, per role, its key in the parameters' ``entries`` of optimizer.state and the
-    tensors that lie in the tables; ``single`` are the indices of one-element parameters.
+    tensors that lie in the tables; ``single`` are the indices of one-element parameters. A
+    parameter without a gradient stays while it has states, so that the plan stays too.
     """
 
     step: FusedStep
@@ -54,7 +57,7 @@ class OptimizerPlan:
         launcher: Callable[..., Any],
         previous: OptimizerPlan | None,
     ) -> None:
-        self._nonfinite = optimizer.nonfinite
+        self._how = optimizer.nonfinite, optimizer.backend
         self._grouped = [list(group["params"]) for group in optimizer.param_groups]
         # Graphs captured with earlier plans still read those plans' tables.
         self._captured = [] if previous is None else previous.captured()
@@ -67,7 +70,8 @@ class OptimizerPlan:
             for group, taken in zip(optimizer.param_groups, map(set, eligible), strict=True)
         ]
         self.counts: dict[Tensor, Tensor] = {}
-        self.idle = [p for params in eligible for p in params if p.grad is None]
+        self._first: set[Tensor] = set()
+        self.idle: list[Tensor] = []
         members: dict[tuple[Any, ...], list[Member]] = {}
         for index, params in enumerate(eligible):
             for member in self._members(optimizer, index, params):
@@ -80,51 +84,56 @@ class OptimizerPlan:
         self._entries = list(optimizer.state.values())
 
     def _members(self, optimizer: AGCOptimizer, index: int, params: list[Tensor]) -> list[Member]:
-        """Parameters with a gradient, their states created and laid out as they are."""
-        group = optimizer.param_groups[index]
+        """Parameters with a gradient or states; these are created and laid out as they are."""
+        group, rule = optimizer.param_groups[index], optimizer.rule.kernel
         # Step counts belong on the device, and clipping=0 differs only in its limit there.
         options = {**group, "params": params, "fused": None, "capturable": True}
         options["clipping"] = group["clipping"] or torch.inf
+        for lists, given in optimizer._batches(options):
+            if given.get("is_first_step"):
+                self._first.update(lists.params)
         position = {param: i for i, param in enumerate(group["params"])}
         members = []
-        for lists, given in optimizer._batches(options):
-            for i, param in enumerate(lists.params):
-                entry = optimizer.state.get(param, {})
-                check_grad(param, lists.grads[i], group, index, position[param])
-                check_states(param, entry, group, index, position[param])
-                states = tuple(role[i] for role in lists.states if role)
-                states = tuple(_laid_out_as(param, state, entry) for state in states)
-                if lists.steps:
-                    self.counts[param] = lists.steps[i]
-                elif given.get("is_first_step"):
-                    self.counts[param] = torch.tensor(0.0, device="cpu")
-                elif self._previous is not None and param in self._previous.counts:
-                    self.counts[param] = self._previous.counts[param]
-                else:
-                    self.counts[param] = torch.tensor(1.0, device="cpu")
-                members.append(Member(param, states, index))
+        for param in params:
+            entry, at = optimizer.state.get(param, {}), (group, index, position[param])
+            if param.grad is not None:
+                check_grad(param, param.grad, *at)
+            elif not _has_states(entry, rule, group):
+                self.idle.append(param)
+                continue
+            check_states(param, entry, *at)
+            states = tuple(_laid_out_as(param, entry, key) for key in rule.states(group))
+            members.append(Member(param, states, index))
         return members
 
     def _planned(
         self, optimizer: AGCOptimizer, members: list[Member], launcher: Callable[..., Any]
     ) -> PlannedStep:
+        groups, rule = optimizer.param_groups, optimizer.rule.kernel
         params = [member.param for member in members]
-        counts = _one_vector([self.counts[p] for p in params], params[0].device)
-        for param, count in zip(params, counts.unbind(), strict=True):
-            self.counts[param] = count
-            if "step" in (entry := optimizer.state.get(param, {})):
-                entry["step"] = count
-        groups = optimizer.param_groups
-        step = FusedStep(optimizer.rule.kernel, members, groups, counts, launcher)
         entries = [optimizer.state.get(p, {}) for p in params]
-        states = []
-        for tensors in zip(*(member.states for member in members), strict=True):
-            key = next(key for key, value in entries[0].items() if value is tensors[0])
-            states.append((key, list(tensors)))
+        if rule.counts:
+            given = [entry["step"] for entry in entries]
+        else:
+            given = list(map(self._count, params))
+        counts = _on_device(given, params[0].device)
+        self.counts.update(zip(params, counts, strict=True))
+        held = counts if rule.counts else []
+        for entry, count in zip(entries, held, strict=bool(held)):
+            entry["step"] = count
+        step = FusedStep(rule, members, groups, counts, launcher)
+        roles = map(list, zip(*(member.states for member in members), strict=True))
+        states = list(zip(rule.states(groups[members[0].group]), roles, strict=True))
         single = [i for i, p in enumerate(params) if p.numel() == 1]
-        held = [entry["step"] for entry in entries if "step" in entry]
         counted = list(map(Tensor.data_ptr, held))
         return PlannedStep(step, params, entries, held, counted, states, single)
+
+    def _count(self, param: Tensor) -> Tensor:
+        """The step count of a parameter whose state has none."""
+        known = {} if self._previous is None else self._previous.counts
+        if param in known and param not in self._first:
+            return known[param]
+        return torch.tensor(float(param not in self._first), device="cpu")
 
     def rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Groups of the parameters that take the torch path."""
@@ -140,7 +149,7 @@ class OptimizerPlan:
         groups, state = optimizer.param_groups, optimizer.state
         if state is not self._state or len(groups) != len(self._grouped):
             return False
-        if optimizer.nonfinite != self._nonfinite:
+        if (optimizer.nonfinite, optimizer.backend) != self._how:
             return False
         for group, params in zip(groups, self._grouped, strict=True):
             if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):
@@ -149,9 +158,8 @@ class OptimizerPlan:
             return False
         if any(p.grad is not None for p in self.idle):
             return False
+        self._thaw()
         for step, params, entries, counts, counted, states, single in self.steps:
-            if step.frozen:  # a graph replays its tables
-                return False
             if counts and not all(map(is_, map(itemgetter("step"), entries), counts)):
                 return False
             if list(map(Tensor.data_ptr, counts)) != counted:
@@ -163,11 +171,23 @@ class OptimizerPlan:
                 return False
         return True
 
+    def release(self) -> None:
+        """Let go of states that have been replaced; what graphs replay stays."""
+        self._captured, self.steps, self._state = self.captured(), [], None
+
+    def _thaw(self) -> None:
+        """Leave the steps that graphs have captured to these, and go on with twins."""
+        for i, planned in enumerate(self.steps):
+            if planned.step.frozen:
+                self._captured.append(planned.step)
+                self.steps[i] = planned._replace(step=planned.step.twin())
+
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Launch everything."""
         for planned in self.steps:
-            device = planned.params[0].device
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            device = planned.step.device
+            count_writes([p for p in planned.params if p.grad is not None])
+            with _current(device):
                 planned.step.run(_on(grad_scale, device), _on(found_inf, device), capturing)
 
 
@@ -178,6 +198,7 @@ class ClipPlan:
         groups: ``params``, ``clipping``, ``agc_eps`` and ``unit_dim`` of each.
         eligible: per group, the parameters that the kernels can take.
         launcher: `agc_triton.kernels.launch.StepLauncher`.
+        captured: where steps go that a captured graph may replay.
     """
 
     def __init__(
@@ -185,29 +206,39 @@ class ClipPlan:
         groups: Sequence[Mapping[str, Any]],
         eligible: Sequence[list[Tensor]],
         launcher: Callable[..., Any],
+        captured: list[FusedStep],
     ) -> None:
+        self.captured = captured
         members: defaultdict[tuple[Any, ...], list[Member]] = defaultdict(list)
         for index, params in enumerate(eligible):
             for param in params:
                 members[param.device, param.dtype].append(Member(param, (), index))
         self._steps: list[tuple[FusedStep, list[weakref.ref[Tensor]]]] = []
         for list_ in members.values():
-            counts = torch.zeros(len(list_), device=list_[0].param.device)
-            step = FusedStep(CLIP_ONLY, list_, groups, counts, launcher)
+            counts = torch.zeros(len(list_), device=list_[0].param.device, dtype=torch.float32)
+            step = FusedStep(CLIP_ONLY, list_, groups, counts.unbind(), launcher)
             self._steps.append((step, [weakref.ref(member.param) for member in list_]))
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the plan fits these groups; its tables are then up to date."""
-        for step, refs in self._steps:
+        for i, (step, refs) in enumerate(self._steps):
+            if step.frozen:
+                step = step.twin()
+                self._steps[i] = step, refs
             params = [p for p in (ref() for ref in refs) if p is not None]
             if len(params) != len(refs) or not step.refresh(params, [], groups):
                 return False
         return True
 
-    def run(self) -> None:
+    def run(self, capturing: bool) -> None:
         """Launch everything."""
-        for step, _ in self._steps:
-            step.run(None, None, False)
+        for step, refs in self._steps:
+            params = [p for p in (ref() for ref in refs) if p is not None]
+            count_writes([p.grad for p in params if p.grad is not None])
+            with _current(step.device):
+                step.run(None, None, capturing)
+            if capturing:
+                self.captured.append(step)
 
 
 def _same_tensors(
@@ -225,29 +256,38 @@ def _same_tensors(
         return False
 
 
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever device its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
     return value if value is None else value.to(device, torch.float32, non_blocking=True)
 
 
-def _laid_out_as(param: Tensor, state: Tensor, entry: dict[str, Any]) -> Tensor:
-    """The state, or a copy in the parameter's memory order that replaces it in its entry."""
-    if memory_order(state) == memory_order(param):
+def _has_states(entry: Mapping[str, Any], rule: KernelRule, group: Mapping[str, Any]) -> bool:
+    keys = (*rule.states(group), *(("step",) if rule.counts else ()))
+    return all(isinstance(entry.get(key), Tensor) for key in keys)
+
+
+def _laid_out_as(param: Tensor, entry: dict[str, Any], key: str) -> Tensor:
+    """A state; where it is not in the parameter's memory order, a copy takes its place."""
+    state: Tensor = entry[key]
+    if memory_order(state) == memory_order(param) and not (state.is_conj() or state.is_neg()):
         return state
-    role = next(key for key, value in entry.items() if value is state)
-    entry[role] = torch.empty_like(param).copy_(state)
-    fresh: Tensor = entry[role]
-    return fresh
+    entry[key] = torch.empty_like(param).copy_(state)
+    return _laid_out_as(param, entry, key)
 
 
-def _one_vector(counts: list[Tensor], device: torch.device) -> Tensor:
-    """Step counts as one fp32 vector, so that one kernel counts them all."""
-    base = counts[0]._base
-    if (
-        base is not None
-        and base.shape == (len(counts),)
-        and base.dtype == torch.float32
-        and base.device == device
-        and all(c.data_ptr() == base.data_ptr() + 4 * i for i, c in enumerate(counts))
-    ):
-        return base
-    return torch.stack([c.detach().to(device, torch.float32) for c in counts])
+def _on_device(counts: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Step counts in fp32 on a device; those that are stay, as a captured graph may count them."""
+    fits = [count.device == device and count.dtype == torch.float32 for count in counts]
+    others = [
+        count.detach().reshape(()) for count, fit in zip(counts, fits, strict=True) if not fit
+    ]
+    if not others:
+        return counts
+    first = others[0].device
+    moved = torch.stack([count.to(first, torch.float32) for count in others]).to(device).unbind()
+    rest = iter(moved)
+    return [count if fit else next(rest) for count, fit in zip(counts, fits, strict=True)]

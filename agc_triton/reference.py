@@ -20,6 +20,7 @@ from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.rule import Clip, Rule, TensorLists, Update
 from agc_triton.scratch import Scratch
 from agc_triton.units import norm_dims
+from agc_triton.versions import count_writes
 from agc_triton.walks import Walk, find_walk
 
 
@@ -41,6 +42,7 @@ def step(
         torch._foreach_add_([lists.steps[i] for i in plan.counted], one, alpha=1)
     for run in plan.runs:
         update = _counted_update(rule, group, run.dtype)
+        count_writes([lists.params[i] for i in run.indices])
         _step_blocks(update, run, lists, clip, grad_scale)
     if plan.whole:
         _step_whole(rule.update, lists.select(plan.whole), group, clip, grad_scale)

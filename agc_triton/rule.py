@@ -38,14 +38,19 @@ class KernelRule(NamedTuple):
     """How a group's options become a kernel rule's arguments.
 
     ``name`` is the rule in kernels/rules.py, ``flags(group)`` its compile-time options,
-    ``states(group)`` how many state tensors a parameter has, and ``hyper(group)`` the rule's raw
+    ``states(group)`` the keys of a parameter's state tensors, and ``hyper(group)`` the rule's raw
     values: numbers or one-element tensors.
     """
 
     name: str
     flags: Callable[[Mapping[str, Any]], int]
-    states: Callable[[Mapping[str, Any]], int]
+    states: Callable[[Mapping[str, Any]], tuple[str, ...]]
     hyper: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+
+    @property
+    def counts(self) -> bool:
+        """Whether the optimizer keeps step counts in its state."""
+        return self.name in ("adam", "rmsprop")
 
 
 Update = Callable[[TensorLists], None]

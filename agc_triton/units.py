@@ -48,6 +48,15 @@ def resolve_unit_dim(shape: torch.Size, unit_dim: int | None) -> int | None:
     return dim % len(shape)
 
 
+def has_units(shape: torch.Size, unit_dim: int | None) -> bool:
+    """Whether ``unit_dim`` is in range for a shape."""
+    try:
+        resolve_unit_dim(shape, unit_dim)
+    except ValueError:
+        return False
+    return True
+
+
 def norm_dims(shape: torch.Size, unit_dim: int | None) -> tuple[int, ...]:
     """The dimensions that a unit's norm is taken over.
 

@@ -157,7 +157,7 @@ def check_loaded(
     """
     try:
         rule.hyper(group)
-        needed = rule.states(group)
+        needed = len(rule.states(group))
     except KeyError as error:
         raise ValueError(
             f"the checkpoint has no option {error} in parameter group {index}; it may be of another"
@@ -173,7 +173,7 @@ def check_loaded(
                     f" {tensor_name(group, index, i)}; it may be of another model"
                 )
         # SGD counts no steps, and its only state may start later than the others' do.
-        if entry and rule.name != "sgd" and ("step" not in entry or len(tensors) < needed):
+        if entry and rule.counts and ("step" not in entry or len(tensors) < needed):
             raise ValueError(
                 f"the checkpoint has only {', '.join(entry)} for {tensor_name(group, index, i)},"
                 f" which takes step and {needed} more; it may be truncated, or of other options"

@@ -60,7 +60,7 @@ _TYPES = {
         ("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr", "skipped_ptr"), "*i64"
     ),
     **dict.fromkeys(("constants_ptr", "groups_ptr"), "*fp64"),
-    **dict.fromkeys(("steps_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32"),
+    **dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"), "*fp32"),
     **dict.fromkeys(("n_tensors", "n_prepare"), "i32"),
 }
 
@@ -76,11 +76,9 @@ def _compile(
     aligned = [(i,) for i, name in enumerate(names) if types[name].startswith("*")]
     attributes = {position: [["tt.divisibility", 16]] for position in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    options: dict[str, Any] = {"num_warps": num_warps}
-    if arch.startswith("gfx"):
-        return triton.compile(source, target=GPUTarget("hip", arch, 64), options=options)
-    options["maxnreg"] = launch.MAX_REGISTERS
-    return triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
+    hip = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch), 32)
+    return triton.compile(source, target=target, options=launch.compile_options(num_warps, hip))
 
 
 @functools.cache

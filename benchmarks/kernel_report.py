@@ -68,7 +68,7 @@ def kernel_of(optimizer: str) -> Kernel:
     make, options = OPTIMIZERS[optimizer]
     made = make([Parameter(torch.zeros(1))], **options)
     kernel, group = made.rule.kernel, made.param_groups[0]
-    return Kernel(kernel.name, kernel.flags(group), kernel.states(group))
+    return Kernel(kernel.name, kernel.flags(group), len(kernel.states(group)))
 
 
 @functools.cache

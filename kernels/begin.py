@@ -26,7 +26,6 @@ def _prepare(
     addresses_ptr,
     groups_ptr,
     pointers_ptr,
-    steps_ptr,
     constants_ptr,
     grad_scale_ptr,
     found_inf_ptr,
@@ -43,8 +42,10 @@ def _prepare(
     active = mask & (tl.load(addresses_ptr + n_tensors + i, mask=mask, other=0) != 0)
     if HAS_FOUND_INF:
         active = active & (tl.load(found_inf_ptr + tl.zeros((BLOCK,), tl.int32)) == 0.0)
-    step = tl.load(steps_ptr + i, mask=mask, other=0.0) + 1.0
-    tl.store(steps_ptr + i, step, mask=active)
+    count_address = tl.load(addresses_ptr + 2 * n_tensors + i, mask=mask, other=0)
+    count_ptr = count_address.to(tl.pointer_type(tl.float32))
+    step = tl.load(count_ptr, mask=mask, other=0.0) + 1.0
+    tl.store(count_ptr, step, mask=active)
     group = tl.load(tensors_ptr + i * TENSOR_FIELDS + 3, mask=mask, other=0)
     raw_ptr = groups_ptr + group * (GROUP_FIXED + RULE_RAW)
     raw = ()
@@ -127,7 +128,6 @@ def begin(
     addresses_ptr,
     groups_ptr,
     pointers_ptr,
-    steps_ptr,
     constants_ptr,
     tiles_ptr,
     partials_ptr,
@@ -154,7 +154,6 @@ def begin(
             addresses_ptr,
             groups_ptr,
             pointers_ptr,
-            steps_ptr,
             constants_ptr,
             grad_scale_ptr,
             found_inf_ptr,

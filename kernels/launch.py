@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,8 +37,9 @@ PREPARE_BLOCK = 128
 PARTS_COLUMNS = 1024
 BEGIN_WARPS = 8
 
-# Where `begin` takes them among its arguments.
-GRAD_SCALE, FOUND_INF = 8, 9
+# Where `begin` takes them among its arguments, and `step` the addresses.
+ADDRESSES, VALUES, POINTERS, GRAD_SCALE, FOUND_INF = 1, 2, 3, 7, 8
+STEP_ADDRESSES = 2
 
 
 def interpreted() -> bool:
@@ -47,6 +50,13 @@ def interpreted() -> bool:
 def prefetch(shape: TileShape) -> int:
     """Chunks of state asked for before the norms are reduced; none where registers would spill."""
     return 0 if shape.split or shape.rows > 1 else 1
+
+
+def compile_options(num_warps: int, hip: bool) -> dict[str, Any]:
+    """What Triton is told of registers and of warps, which on AMD GPUs have 64 threads each."""
+    if hip:
+        return {"num_warps": max(1, num_warps // 2)}
+    return {"num_warps": num_warps, "maxnreg": MAX_REGISTERS}
 
 
 def step_constants(
@@ -106,9 +116,9 @@ class Launch:
         self.grid = (programs, 1, 1)
         self.args = args
         self.constants = constants
-        self.options: dict[str, Any] = {"num_warps": warps}
-        if not interpreted() and torch.version.hip is None:
-            self.options["maxnreg"] = MAX_REGISTERS
+        self.options = {"num_warps": warps}
+        if not interpreted():
+            self.options = compile_options(warps, torch.version.hip is not None)
         self._start: Any = None
         self._all_args = (*args, *constants.values())
 
@@ -131,6 +141,18 @@ class Launch:
             ) from error
         if compiled is not None:  # the interpreter compiles nothing
             self._start = compiled[self.grid]
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it starts without being compiled and loaded, which no capture allows."""
+        return self._start is not None or interpreted()
+
+    def replaced(self, changes: Mapping[int, Any]) -> Launch:
+        """The same kernel, loaded if this one is, with other arguments."""
+        twin = copy.copy(self)
+        for position, value in changes.items():
+            twin.replace(position, value)
+        return twin
 
     def replace(self, position: int, value: Any) -> None:
         """Exchange one argument for another of the same type."""
@@ -164,7 +186,7 @@ class StepLauncher:
         self.partials = torch.empty(2 * max(plan.slots, 1), dtype=compute, device=device)
         self.parts = torch.from_numpy(plan.parts).to(device)
         self.begins: dict[tuple[bool, bool, bool], Launch] = {}
-        states = tables.roles - 2
+        states = tables.roles - 3
         counts = tables.addresses  # an int64 pointer that is not read
         if skipped is not None:
             # Launches follow each other, so that programs of several can add to the same count.
@@ -188,8 +210,24 @@ class StepLauncher:
             for bucket in plan.buckets
         ]
 
-    def fire(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Run the step; ``grad_scale`` and ``found_inf`` are fp32 on the same device."""
+    def twin(self, tables: Tables) -> StepLauncher:
+        """The same launches over other tables."""
+        twin = copy.copy(self)
+        twin.tables = tables
+        at = {ADDRESSES: tables.addresses, VALUES: tables.values, POINTERS: tables.pointers}
+        twin.begins = {key: launch.replaced(at) for key, launch in self.begins.items()}
+        at = {STEP_ADDRESSES: tables.addresses}
+        twin.steps = [launch.replaced(at) for launch in self.steps]
+        return twin
+
+    def fire(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool = False
+    ) -> None:
+        """Run the step; ``grad_scale`` and ``found_inf`` are fp32 on the same device.
+
+        Raises:
+            RuntimeError: a kernel that would have to be loaded while a CUDA graph is captured.
+        """
         key = (self.tables.has_pointers, grad_scale is not None, found_inf is not None)
         first = self.begins.get(key)
         if first is None:
@@ -198,6 +236,11 @@ class StepLauncher:
             first.replace(GRAD_SCALE, grad_scale)
         if found_inf is not None:
             first.replace(FOUND_INF, found_inf)
+        if capturing and not all(launch.loaded for launch in (first, *self.steps)):
+            raise RuntimeError(
+                "a CUDA graph cannot capture a step whose kernels are not loaded; make a step like"
+                " it first, with the same tensors for hyperparameters, grad_scale and found_inf"
+            )
         first.fire()
         for launch in self.steps:
             launch.fire()
@@ -205,13 +248,12 @@ class StepLauncher:
     def _begin(self, pointers: bool, scale: bool, found_inf: bool) -> Launch:
         n = len(self.plan.fields)
         prepare = -(-n // PREPARE_BLOCK)
-        unused = self.tables.counts  # an fp32 pointer that is not read
+        unused = self.constants  # a pointer that is not read
         args = (
             self.fields,
             self.tables.addresses,
             self.tables.values,
             self.tables.pointers,
-            self.tables.counts,
             self.constants,
             self.parts,
             self.partials,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+# Addresses by role: parameters, gradients, step counts (fp32), states.
 # A tile: tensor, offset of its first unit, units (first column in a split unit), first slot.
 TILE_FIELDS = tl.constexpr(4)
 # A tensor: length of a unit, inner, stride between inner runs, group, span of a part.

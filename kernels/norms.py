@@ -18,6 +18,10 @@ def sum_pairs(a, b):
 @triton.jit
 def clip_factor(p_squares, g_squares, clipping, agc_eps):
     """1 where ||g|| <= limit = clipping * max(||w||, agc_eps), else limit / max(||g||, 1e-6)."""
-    limit = clipping * tl.maximum(tl.sqrt(p_squares), agc_eps)
+    # A weight norm of NaN makes a limit of NaN, which nothing is over.
+    p_norm = tl.maximum(tl.sqrt(p_squares), agc_eps, propagate_nan=tl.PropagateNan.ALL)
+    limit = clipping * p_norm
     g_norm = tl.sqrt(g_squares)
-    return tl.where(g_norm > limit, limit / tl.maximum(g_norm, 1e-6), 1.0)
+    # Constants are fp32 unless they are told otherwise.
+    smallest = tl.full(g_norm.shape, 1e-6, g_norm.dtype)
+    return tl.where(g_norm > limit, limit / tl.maximum(g_norm, smallest), 1.0)

@@ -70,7 +70,7 @@ def _update_tile(
     state_ptrs = ()
     for s in tl.static_range(STATES):
         state_ptrs = state_ptrs + (
-            row(addresses_ptr, 2 + s, n_tensors, tensor, offset, DTYPE, VECTOR),
+            row(addresses_ptr, 3 + s, n_tensors, tensor, offset, DTYPE, VECTOR),
         )
 
     inverse = tl.load(constants_ptr + INVERSE_SCALE).to(COMPUTE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from agc_triton.buckets import TensorUnits, plan_buckets
 from agc_triton.kernels import launch
+from agc_triton.units import unit_layout
 from benchmarks import kernel_report
-from benchmarks.compiled import MachineCode, read_machine_code, resident_warps
+from benchmarks.compiled import MachineCode, compile_step, read_machine_code, resident_warps
 from benchmarks.kernel_report import BANDWIDTH, DTYPES, OPTIMIZERS, Kernel, kernel_of, plan_model
 from benchmarks.shapes import TABLES
 
@@ -168,3 +172,12 @@ def test_what_spilled_does_not_any_more() -> None:
         assert int(spill_bytes) <= 8
         assert int(warps) >= 32
         assert int(loads) > int(stores) > 0
+
+
+@pytest.mark.parametrize("length", [5_000, 14_336, 300_000])
+def test_programs_on_amd_gpus_have_as_many_threads(length: int) -> None:
+    layout = unit_layout(torch.Size((64, length)), (0, 1), None)
+    (bucket,) = plan_buckets([TensorUnits(layout, True, 0)], 4, 2).buckets
+    compiled = compile_step(bucket.shape, "adam", 0, 2, torch.float32, "gfx942")
+    (threads,) = re.findall(r"max_flat_workgroup_size: *(\d+)", compiled.asm["amdgcn"])
+    assert int(threads) == 32 * bucket.shape.num_warps <= 1024

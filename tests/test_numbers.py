@@ -136,6 +136,15 @@ def test_zero_gradients_move_nothing(name: str, backend: str) -> None:
         assert not any(x.any() for key, x in state.items() if key != "step")
 
 
+@both_paths
+def test_where_a_weight_is_nan_its_units_gradient_is_not_clipped(backend: str) -> None:
+    param = torch.tensor([[torch.nan, 1.0], [1.0, 1.0]], device=DEVICE)
+    param.grad = torch.ones_like(param)
+    adaptive_clip_grad_([param], CLIPPING, backend=backend)
+    assert param.grad[0].tolist() == [1.0, 1.0]
+    assert bool((param.grad[1] < 1.0).all())
+
+
 # In rows, in registers, in parts, strided, and one unit.
 TIES: dict[str, tuple[tuple[int, ...], int]] = {
     "rows": ((3, 20), 0),

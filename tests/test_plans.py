@@ -160,6 +160,76 @@ def test_options_change_in_place(
 
 
 @BACKENDS
+def test_a_list_changes_in_place(backend: str) -> None:
+    training = Training("AdamW", make_params(), **ADAMW, backend=backend)
+    training.groups[0]["betas"] = [0.9, 0.99]
+    training.train()
+    training.groups[0]["betas"][0] = 0.5
+    training.train()
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+def test_a_learning_rate_on_the_device_moves() -> None:
+    lr = torch.tensor(0.5, device=DEVICE)
+    training = Training("AdamW", make_params(), **{**ADAMW, "lr": lr, "capturable": True})
+    training.train()
+    left = lr.detach()
+    lr.data = torch.tensor(0.125, device=DEVICE)
+    left.fill_(torch.nan)
+    training.train()
+
+
+class OnAnotherGPU(Tensor):
+    """A tensor that says so."""
+
+    is_cuda = property(lambda self: True)
+    device = property(lambda self: torch.device("cuda:7"))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's own test has two of them")
+def test_a_learning_rate_on_another_gpu_is_read_at_every_step() -> None:
+    training = Training("AdamW", make_params(), **ADAMW)
+    lr = torch.tensor(0.5)
+    training.groups[0]["lr"] = lr.as_subclass(OnAnotherGPU)
+    training.train()
+    lr.fill_(0.125)
+    training.train()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_set_of_gradients_takes_the_same_plan(name: str) -> None:
+    training = Training(name, make_params(), **STATEFUL[name])
+    training.train()
+    plan = training.optimizer._plan
+    for without in ([0], [1, 2], [0, 2], [0, 1, 2], []):
+        training.move_grads(without)
+        training.step()
+        assert training.optimizer._plan is plan
+
+
+def test_states_that_were_loaded_need_no_gradient_to_be_planned() -> None:
+    trained = Training("AdamW", make_params(), **ADAMW)
+    trained.train(2)
+    training = Training("AdamW", make_params(), **ADAMW)
+    training.optimizer.load_state_dict(copy.deepcopy(trained.optimizer.state_dict()))
+    for without in ([1, 2], [0], [2]):
+        training.move_grads(without)
+        training.step()
+        assert len(plan_of(training.optimizer).steps[0].params) == len(training.params)
+
+
+def test_backend_changes() -> None:
+    training = Training("SGD", make_params(), **MOMENTUM)
+    training.train()
+    training.optimizer.backend = "torch"
+    training.train()
+    assert training.optimizer._plan is None
+    training.optimizer.backend = "triton"
+    training.train()
+    assert training.optimizer._plan is not None
+
+
+@BACKENDS
 def test_groups_are_added(backend: str) -> None:
     training = Training("AdamW", make_params(), **ADAMW, backend=backend)
     training.train()

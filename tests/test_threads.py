@@ -84,7 +84,11 @@ class Recorded:
                 names[p.grad.data_ptr()] = f"g{i}"
             for key, state in self.optimizer.state.get(p, {}).items():
                 names[state.data_ptr()] = f"{key}{i}"
-        (part,) = plan_of(self.optimizer).steps
+        plan = plan_of(self.optimizer)
+        for i, p in enumerate(self.params):
+            if p in plan.counts:
+                names[plan.counts[p].data_ptr()] = f"step{i}"
+        (part,) = plan.steps
         tables, launcher = part.step.tables, part.step.launcher
         mine = [*vars(tables).values(), *vars(launcher).values(), tables.pointers]
         mine += self.optimizer._skipped._slots.get(torch.device(DEVICE), [])

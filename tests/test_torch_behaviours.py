@@ -305,3 +305,26 @@ def test_a_step_count_elsewhere_is_never_read_as_host_memory(cls: Any) -> None:
     with pytest.raises(NotImplementedError, match="meta tensor"):
         optimizer.step()
     assert same(params, before)
+
+
+@both_paths
+@every_class
+def test_a_backward_pass_over_weights_that_have_changed_raises(cls: Any, backend: str) -> None:
+    # As after torch.optim's own steps but the fused ones; silently wrong otherwise.
+    params = [p.detach().to(DEVICE).requires_grad_() for p in make_params(SHAPES)]
+    optimizer = ours(cls, params, backend)
+    for _ in range(2):
+        loss = torch.stack([(p * p).sum() for p in params]).sum()
+        torch.autograd.backward(loss, retain_graph=True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.backward(loss)
+
+
+@both_paths
+def test_parameters_made_in_inference_mode_have_no_versions_to_count(backend: str) -> None:
+    with torch.inference_mode():
+        params = [torch.ones(3, 4, device=DEVICE)]
+        params[0].grad = torch.ones(3, 4, device=DEVICE)
+        ours(SGD, params, backend).step()
+    assert bool((params[0] != 1).all())

@@ -120,3 +120,14 @@ def test_clipping_alone_follows_shapes(view: Callable[[Tensor], Tensor]) -> None
     param.data = view(param.data)
     param.grad = view(grad)
     clip_and_check([param])
+
+
+def test_the_backend_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    fired: list[Launch] = []
+    monkeypatch.setattr(Launch, "fire", lambda launch: fired.append(launch))
+    param = make_weight((3, 20)).float().to(DEVICE)
+    param.grad = make_grad((3, 20)).float().to(DEVICE)
+    for backend, launches in (("torch", 0), ("triton", 2), ("torch", 0), ("triton", 2)):
+        fired.clear()
+        adaptive_clip_grad_([param], CLIPPING, backend=backend)
+        assert len(fired) == launches

@@ -269,10 +269,11 @@ def weights_and_grads(kind: str) -> tuple[Tensor, Tensor]:
     return weight.float(), grad.float()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("agc_eps", [0.0, 1e-3, 1e-9])
 @pytest.mark.parametrize("kind", ["zero weights", "zero gradients", "tiny gradients"])
-def test_units_of_next_to_nothing(kind: str, agc_eps: float) -> None:
-    weight, grad = weights_and_grads(kind)
+def test_units_of_next_to_nothing(kind: str, agc_eps: float, dtype: torch.dtype) -> None:
+    weight, grad = (tensor.to(dtype) for tensor in weights_and_grads(kind))
     options = {"lr": 0.5, **TRITON, "agc_eps": agc_eps}
     param = weight.to(DEVICE)
     oracle = KernelOracle("SGD", [weight], **options)

@@ -56,8 +56,9 @@ def _flags(group: Mapping[str, Any]) -> int:
     return int(group["amsgrad"])
 
 
-def _states(group: Mapping[str, Any]) -> int:
-    return 2 + int(group["amsgrad"])
+def _states(group: Mapping[str, Any]) -> tuple[str, ...]:
+    moments = ("exp_avg", "exp_avg_sq")
+    return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
 
 
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:

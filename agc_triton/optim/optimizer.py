@@ -162,6 +162,8 @@ class AGCOptimizer(Optimizer):
             if kept:
                 for index, group in enumerate(self.param_groups):
                     check_loaded(self.rule.kernel, self.state, group, index)
+            if self._plan is not None:
+                self._plan.release()
         except (KeyError, ValueError) as error:
             self.__dict__.update(kept)
             if isinstance(error, KeyError):
@@ -231,7 +233,7 @@ class AGCOptimizer(Optimizer):
 
     def _step_groups(self) -> None:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        capturing = dispatch.is_capturing()
         if self.nonfinite == "raise":
             if capturing:
                 raise RuntimeError(
@@ -248,7 +250,7 @@ class AGCOptimizer(Optimizer):
                 self._check_step(group, index)
         with whole_states(self.state):
             if not fits:
-                self._plan = dispatch.plan(self, self._plan)
+                self._plan = dispatch.plan(self, self._plan, capturing)
                 if self._plan is not None:
                     dispatch.check_fits(self._plan.refresh(self))
                     rest = self._plan.rest(self.param_groups)

@@ -80,8 +80,9 @@ def _flags(group: Mapping[str, Any]) -> int:
     return int(group["centered"]) + 2 * int(group["momentum"] > 0)
 
 
-def _states(group: Mapping[str, Any]) -> int:
-    return 1 + int(group["centered"]) + int(group["momentum"] > 0)
+def _states(group: Mapping[str, Any]) -> tuple[str, ...]:
+    mean = ("grad_avg",) if group["centered"] else ()
+    return ("square_avg", *mean, *(("momentum_buffer",) if group["momentum"] > 0 else ()))
 
 
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:

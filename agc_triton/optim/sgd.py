@@ -50,8 +50,8 @@ def _flags(group: Mapping[str, Any]) -> int:
     return int(group["momentum"] != 0) + 2 * int(group["nesterov"])
 
 
-def _states(group: Mapping[str, Any]) -> int:
-    return int(group["momentum"] != 0)
+def _states(group: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
 
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
