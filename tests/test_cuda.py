@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agc_triton import SGD_AGC, AdamW_AGC, dispatch
+from agc_triton import SGD_AGC, AdamW_AGC, adaptive_clip_grad_, dispatch
 from tests.cases import STATEFUL, build
 from tests.cuda_cases import (
     capturable,
@@ -34,6 +34,7 @@ from tests.triton_cases import (
     CLIPPING,
     TRITON,
     KernelOracle,
+    check_clipped,
     make_grad,
     make_weight,
     plan_of,
@@ -370,3 +371,23 @@ torch.cuda.synchronize()
         # Each tensor in an allocation of its own, so that no access beside it goes unseen.
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+def test_clipping_and_a_learning_rate_on_another_gpu() -> None:
+    param = make_weight((3, 20)).float().to("cuda:1")
+    grad = make_grad((3, 20)).float().to("cuda:1")
+    param.grad = grad.clone()
+    adaptive_clip_grad_([param], CLIPPING)
+    check_clipped(param, grad, param.grad)
+    options: dict[str, Any] = {**STATEFUL["AdamW"], **TRITON}
+    lr = torch.tensor(0.5, device="cuda:0")
+    optimizer = build("AdamW", [param], {**options, "lr": lr, "capturable": True})
+    oracle = KernelOracle("AdamW", [param], **{**options, "lr": 0.5})
+    for rate in (0.5, 0.125):
+        oracle.options["lr"] = rate
+        lr.fill_(rate)
+        param.grad = grad.clone()
+        oracle.step([grad])
+        optimizer.step()
+        oracle.check([param], states_of(optimizer, [param]))
