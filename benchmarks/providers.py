@@ -99,8 +99,11 @@ def providers(
         return step
 
     def compiled_peer(clip: Clip, params: list[Tensor]) -> Step:
-        step: Step = torch.compile(peer(clip, "foreach", params))
-        return step
+        # Dynamo keeps a few versions of a function, whoever's, and then runs it uncompiled.
+        torch.compiler.reset()
+        step = torch.compile(peer(clip, "foreach", params))
+        limited: Step = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)(step)
+        return limited
 
     def unclipped(mode: str, params: list[Tensor]) -> Step:
         return torch_class(params, **options, **modes[mode]).step

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +27,7 @@ from benchmarks.providers import (
     providers,
     timm_adaptive_clip_grad,
 )
+from benchmarks.rotation import Rotation
 from benchmarks.runner import COLUMNS
 from tests.helpers import write_shapes
 
@@ -178,6 +181,56 @@ class OperationNames(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
     ) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every graph that torch.compile would have compiled; they run as they are."""
+    found: list[Any] = []
+
+    def keep(graph: Any, _inputs: Any) -> Any:
+        found.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    return found
+
+
+def compiled_steps(count: int) -> Iterator[None]:
+    """Two steps of every compiled implementation over so many workloads, one after the other."""
+    compared = [p for p in providers("adamw", compiled=True) if "torch.compile" in p.implementation]
+    assert compared
+    for _ in range(count):
+        workload = shapes.workload_of("tiny", [(3, 2)])
+        rotation = Rotation(compared, workload, 1)
+        for (step,) in rotation.steps:
+            step()
+            step()
+        yield
+
+
+# What torch imports to compile uses what torch deprecates.
+deprecated = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@deprecated
+def test_every_group_is_compiled(graphs: list[Any]) -> None:
+    seen = [0]
+    for _ in compiled_steps(10):
+        seen.append(len(graphs))
+    new = [after - before for before, after in pairwise(seen)]
+    assert len(set(new)) == 1
+    assert new[0] > 0
+
+
+@deprecated
+def test_steps_that_are_no_longer_compiled_are_an_error(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    with pytest.raises(Exception, match="recompile_limit"):
+        list(compiled_steps(10))
 
 
 def test_installed_timm_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
