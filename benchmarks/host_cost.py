@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from agc_triton import AdamW_AGC
 from agc_triton.kernels.launch import Launch
-from benchmarks import plots
+from benchmarks import growth, plots
 from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version
 
 OURS, THEIRS, FLOOR = "AdamW_AGC triton", "torch AdamW fused", "reading addresses only"
@@ -50,8 +50,6 @@ WARM_UP = 3
 TENSORS = (30, 100, 233, 600, 1457, 3000)
 GROUPS = (1, 10, 50, 100, 300)
 GROUPED = 600  # tensors, dealt out to these groups
-# Times the cost per tensor or group of any smaller case, up to which growth is called linear.
-LINEAR = 1.15
 
 COLUMNS = [
     *("implementation", "tensors", "groups", "kind", "caches", "median_us", "p20_us", "p80_us"),
@@ -147,7 +145,7 @@ def time_in_turns(
     return {name: values[WARM_UP:] for name, values in times.items()}
 
 
-def growth(table: pd.DataFrame) -> list[str]:
+def verdicts(table: pd.DataFrame) -> list[str]:
     """Whether a step costs more per tensor, or per group, than one with fewer of them.
 
     Tensors that the caches no longer hold cost either implementation more: torch's lines tell.
@@ -165,16 +163,13 @@ def growth(table: pd.DataFrame) -> list[str]:
 def verdict(line: pd.DataFrame, axis: str) -> str:
     """The cost of each along an axis at its end, and where it is beyond what fewer cost each."""
     line = line.sort_values(axis)
-    each = line["median_us"] / line[axis]
-    counts, ratios = line[axis].tolist(), (each / each.cummin().shift()).tolist()
-    beyond = [
-        f"{ratio:.2f} times at {count:,}"
-        for count, ratio in zip(counts, ratios, strict=True)
-        if ratio > LINEAR
-    ]
-    said = f"over {LINEAR:g} times what fewer cost each: {', '.join(beyond)}"
-    last = f"{each.iloc[-1]:.3g} us per {axis.removesuffix('s')} at {counts[-1]:,}"
-    return f"{last}; {said if beyond else 'grows no faster than linearly'}"
+    cost, counts = line["median_us"], line[axis]
+    if axis == "groups":  # the tensors, as many in all rows, have a cost of their own
+        each, what = growth.of_each_more(cost, counts), "group more"
+    else:
+        each, what = cost / counts, "tensor"
+    last = f"{each.iloc[-1]:.3g} us per {what} at {counts.iloc[-1]:,}"
+    return f"{last}; {growth.verdict(growth.over_cheapest_smaller(each), counts)}"
 
 
 def grouped(table: pd.DataFrame) -> int:
@@ -218,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table.to_csv(args.out, index=False)
     shown = table[COLUMNS[: COLUMNS.index("device")]]
     print(shown.to_string(index=False, float_format="{:.2f}".format))
-    print("\n".join(growth(table)))
+    print("\n".join(verdicts(table)))
     print(f"on {cpu_name()}; every row is in {args.out}")
     if args.plot:
         print(f"drawn in {plots.host_cost(table, args.out)}")

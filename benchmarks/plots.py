@@ -79,14 +79,14 @@ def _slug(text: str) -> str:
 
 
 def scaling(table: pd.DataFrame, csv: Path) -> Path:
-    """Step time along each axis, beside what it would be at the reference row's ns per element."""
+    """Step time along each axis, beside what it would be at the largest case's ns per element."""
     axes_names = list(table["axis"].unique())
     figure = Figure(figsize=(4.2 * len(axes_names), 4), layout="constrained")
     axes = figure.subplots(1, len(axes_names), squeeze=False, sharey=True)[0]
     for ax, name in zip(axes, axes_names, strict=True):
         rows = table[table["axis"] == name]
         x = rows["parameters" if name == "elements" else name]
-        linear = rows["median_ms"] / rows["ratio_to_linear"]
+        linear = rows["median_ms"] / rows["ratio_to_largest"]
         spread = [rows["median_ms"] - rows["p20_ms"], rows["p80_ms"] - rows["median_ms"]]
         ax.plot(x, linear, color="tab:gray", linestyle="--", label="linear in elements")
         ax.errorbar(x, rows["median_ms"], spread, marker="o", capsize=2, label="measured")

@@ -2,13 +2,15 @@
 
     python -m benchmarks.scaling [--device cpu] [--max-elements 1e8] [--plot] [--out ...]
 
-Each row changes one of the three and leaves the others as they are. Its ratio is time per element
-beside that of the row where overhead weighs least: most elements, fewest tensors, longest units.
+Each row changes one of the three and leaves the others as they are. Overhead is time per element
+over that of the largest case; growth is what each element, or each tensor more, costs over the
+least that it costs in a smaller case.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from benchmarks import plots
+from benchmarks import growth, plots
 from benchmarks.memory import bytes_needed, why_not
 from benchmarks.providers import OPTIMIZERS, copy_provider, providers
 from benchmarks.runner import COLUMNS, Rounds, device_name, measure
@@ -28,8 +30,14 @@ DTYPE = torch.float32
 ROUNDS = Rounds(warmup=3, timed=15)
 # What the other two are while one changes.
 ELEMENTS, TENSORS, UNIT_LENGTH = 10**7, 10, 10**3
-# Times the time per element of the reference row, up to which growth is called linear.
-LINEAR = 1.15
+# Along these the elements are as many, and cost as much: what counts is the cost of each more.
+MORE = ("tensors",)
+# Columns beside those of all benchmarks.
+KEYS = ["axis", "unit_length"]
+RATIOS = [
+    *("ns_per_element", "us_for_each_more"),
+    *("ratio_to_largest", "ratio_to_cheapest_smaller"),
+]
 
 
 class Case(NamedTuple):
@@ -42,12 +50,12 @@ class Case(NamedTuple):
 
 
 def cases(largest: int) -> list[Case]:
-    """Every case; the last one of each axis is what the others are held against."""
+    """Every case, along each axis from small to large."""
     elements = min(ELEMENTS, largest)
     sizes = [10**n for n in range(4, 12) if 10**n <= largest]
     all_cases = [
         *(Case("elements", size, TENSORS, UNIT_LENGTH) for size in sizes),
-        *(Case("tensors", elements, n, UNIT_LENGTH) for n in (10_000, 1000, 100, 10, 1)),
+        *(Case("tensors", elements, n, UNIT_LENGTH) for n in (1, 10, 100, 1000, 10_000)),
         # (n, 1) would be one unit, not n.
         *(
             Case("unit_length", elements, TENSORS, n)
@@ -75,23 +83,37 @@ def measure_case(case: Case, optimizer: str, device: torch.device) -> pd.DataFra
 
 
 def with_ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds ns per element, and its ratio to that of the axis' last row."""
-    per_element = 1e6 * table["median_ms"] / table["parameters"]
-    reference = per_element.groupby(table["axis"], sort=False).transform("last")
-    return table.assign(ns_per_element=per_element, ratio_to_linear=per_element / reference)
+    """Adds what each element or tensor costs, beside the largest and the cheapest smaller case."""
+    return pd.concat([_of_line(line) for _, line in table.groupby("axis", sort=False)])
 
 
-def verdict(rows: pd.DataFrame) -> str:
-    """Where on an axis time per element is over ``LINEAR`` times its last row's."""
-    axis = str(rows["axis"].iloc[0])
-    values = rows["parameters" if axis == "elements" else axis].tolist()
-    ratios = rows["ratio_to_linear"].tolist()
-    beyond = [(value, ratio) for value, ratio in zip(values, ratios, strict=True) if ratio > LINEAR]
-    reference = f"{axis}: {rows['ns_per_element'].iloc[-1]:.3g} ns per element at {values[-1]:,}"
-    if not beyond:
-        return f"{reference}; nowhere over {LINEAR:g} times that"
-    listed = ", ".join(f"{ratio:.1f} times at {value:,}" for value, ratio in beyond)
-    return f"{reference}; not linear where it is over {LINEAR:g} times that: {listed}"
+def _of_line(line: pd.DataFrame) -> pd.DataFrame:
+    ns = 1e6 * line["median_ms"] / line["parameters"]
+    of_each_more = growth.of_each_more(1e3 * line["median_ms"], counts(line))
+    more = str(line["axis"].iloc[0]) in MORE
+    return line.assign(
+        ns_per_element=ns,
+        us_for_each_more=of_each_more if more else math.nan,
+        ratio_to_largest=math.nan if more else ns / ns.iloc[-1],
+        ratio_to_cheapest_smaller=growth.over_cheapest_smaller(of_each_more if more else ns),
+    )
+
+
+def counts(line: pd.DataFrame) -> pd.Series[int]:
+    """What changes from row to row."""
+    axis = str(line["axis"].iloc[0])
+    return line["parameters" if axis == "elements" else axis]
+
+
+def verdict(line: pd.DataFrame) -> str:
+    """What each costs at an axis' end, where small cases cost more, and where larger ones do."""
+    axis, end, last = str(line["axis"].iloc[0]), line.iloc[-1], counts(line).iloc[-1]
+    grows = growth.verdict(line["ratio_to_cheapest_smaller"], counts(line))
+    if axis in MORE:
+        return f"{axis}: {end['us_for_each_more']:.3g} us for each more at {last:,}; {grows}"
+    small = growth.listed(line["ratio_to_largest"], counts(line))
+    overhead = f"overhead: {small}" if small else f"nowhere over {growth.LINEAR:g} times that"
+    return f"{axis}: {end['ns_per_element']:.3g} ns per element at {last:,}; {overhead}; {grows}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,17 +134,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, largest = torch.device(args.device), int(args.max_elements)
     in_turn = tqdm(cases(largest), desc="scaling", unit="case", disable=None)
     found = [measure_case(case, args.optimizer, device) for case in in_turn]
-    columns = ["axis", "unit_length", *COLUMNS, "ns_per_element", "ratio_to_linear"]
+    columns = [*KEYS, *COLUMNS, *RATIOS]
     table = with_ratios(pd.concat([row for row in found if row is not None], ignore_index=True))[
         columns
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out, index=False)
     sizes = ["axis", "parameters", "tensors", "unit_length"]
-    shown = [*sizes, "median_ms", "gb_per_s", "share_of_copy_bandwidth", *columns[-2:]]
+    shown = [*sizes, "median_ms", "gb_per_s", "share_of_copy_bandwidth", *RATIOS]
     print(table[shown].to_string(index=False, float_format="{:.3f}".format))
-    for _, rows in table.groupby("axis", sort=False):
-        print(verdict(rows))
+    for _, line in table.groupby("axis", sort=False):
+        print(verdict(line))
     print(f"on {device_name(device)}; every row is in {args.out}")
     if args.plot:
         for path in (plots.scaling(table, args.out), plots.bandwidth(table, args.out)):

@@ -32,8 +32,7 @@ def test_writes_and_draws_every_case(
     out = tmp_path / "new" / "rows.csv"
     scaling.main(["--max-elements", "1e4", "--plot", "--out", str(out)])
     table = pd.read_csv(out)
-    columns = ["axis", "unit_length", *COLUMNS, "ns_per_element", "ratio_to_linear"]
-    assert list(table.columns) == columns
+    assert list(table.columns) == [*scaling.KEYS, *COLUMNS, *scaling.RATIOS]
     cases = scaling.cases(10**4)
     assert list(zip(table["axis"], table["tensors"], table["unit_length"], strict=True)) == [
         (case.axis, case.tensors, case.unit_length) for case in cases
@@ -65,18 +64,63 @@ def test_more_elements_than_by_default_are_measured_on_request() -> None:
     assert max(case.elements for case in scaling.cases(10**9)) == 10**9
 
 
+def line_of(axis: str, counts: list[int], ms: list[float]) -> pd.DataFrame:
+    """Rows of an axis as if measured."""
+    line = pd.DataFrame({"axis": axis, "parameters": 10**6, "median_ms": ms})
+    return scaling.with_ratios(
+        line.assign(**{"parameters" if axis == "elements" else axis: counts})
+    )
+
+
+SIZES = [10**n for n in range(4, 10)]
+
+
 @pytest.mark.parametrize(
     ("ms", "expected"),
     [
-        ([0.1, 0.2, 2.0], "elements: 1 ns per element at 2,000; nowhere over 1.15 times that"),
         (
-            [0.4, 0.6, 2.0],
-            "elements: 1 ns per element at 2,000; not linear where it is over 1.15 times that:"
-            " 4.0 times at 100, 3.0 times at 200",
+            [1e-6 * n for n in SIZES],
+            "1 ns per element at 1,000,000,000; nowhere over 1.15 times that;"
+            " grows no faster than linearly",
+        ),
+        (
+            [1e-6 * n + 0.02 for n in SIZES],
+            "1 ns per element at 1,000,000,000; overhead: 3.00 times at 10,000,"
+            " 1.20 times at 100,000; grows no faster than linearly",
+        ),
+        (
+            [1e-6 * n for n in SIZES[:-2]] + [120.0, 1440.0],
+            "1.44 ns per element at 1,000,000,000; nowhere over 1.15 times that;"
+            " over 1.15 times what fewer cost each: 1.20 times at 100,000,000,"
+            " 1.44 times at 1,000,000,000",
+        ),
+        (
+            [1e-8 * n**1.3 for n in SIZES[:3]],
+            "0.631 ns per element at 1,000,000; nowhere over 1.15 times that;"
+            " over 1.15 times what fewer cost each: 2.00 times at 100,000, 3.98 times at 1,000,000",
         ),
     ],
 )
-def test_verdict_names_what_is_not_linear(ms: list[float], expected: str) -> None:
-    rows = pd.DataFrame({"axis": "elements", "parameters": [100, 200, 2000]})
-    rows["median_ms"] = [x / 1e3 for x in ms]
-    assert scaling.verdict(scaling.with_ratios(rows)) == expected
+def test_overhead_and_growth_by_elements(ms: list[float], expected: str) -> None:
+    line = line_of("elements", SIZES[: len(ms)], ms)
+    assert scaling.verdict(line) == f"elements: {expected}"
+
+
+TENSORS = [1, 10, 100, 1000, 10_000]
+
+
+@pytest.mark.parametrize(
+    ("ms", "expected"),
+    [
+        ([20 + 0.005 * n for n in TENSORS], "5 us for each more at 10,000; grows no faster"),
+        ([20.0] * 5, "0.3 us for each more at 10,000; grows no faster"),  # 0.15 * 20 ms at most
+        ([20 * n**0.3 for n in TENSORS], "29.7 us for each more at 10,000; grows no faster"),
+        ([20.0, 19.0, 19.5, 20.5, 120.0], "10 us for each more at 10,000; over 1.15 times what"),
+        (
+            [20 + 5e-6 * n**2 for n in TENSORS],
+            "50 us for each more at 10,000; over 1.15 times what fewer cost each: 9.99 times at",
+        ),
+    ],
+)
+def test_growth_by_tensors_is_told_by_what_each_more_costs(ms: list[float], expected: str) -> None:
+    assert scaling.verdict(line_of("tensors", TENSORS, ms)).startswith(f"tensors: {expected}")
