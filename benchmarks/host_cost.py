@@ -115,7 +115,7 @@ def measure(tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
     rows = []
     for kind, caches in product(KINDS, BLOCKS):
         times = time_in_turns(optimizers, kind, BLOCKS[caches], calls)
-        medians = {name: quantiles(values, "us") for name, values in times.items()}
+        medians = {name: quantiles(pd.Series(values), "us") for name, values in times.items()}
         for name, found in medians.items():
             median = found["median_us"]
             rows.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -79,27 +80,27 @@ def _slug(text: str) -> str:
 
 
 def scaling(table: pd.DataFrame, csv: Path) -> Path:
-    """Step time along each axis, beside what it would be at the largest case's ns per element."""
+    """Step time along each axis, beside what ours would be at the largest case's ns per element."""
     axes_names = list(table["axis"].unique())
-    figure = Figure(figsize=(4.2 * len(axes_names), 4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(axes_names), 4.4), layout="constrained")
     axes = figure.subplots(1, len(axes_names), squeeze=False, sharey=True)[0]
-    for ax, name in zip(axes, axes_names, strict=True):
-        rows = table[table["axis"] == name]
-        x = rows["parameters" if name == "elements" else name]
-        linear = rows["median_ms"] / rows["ratio_to_largest"]
-        spread = [rows["median_ms"] - rows["p20_ms"], rows["p80_ms"] - rows["median_ms"]]
-        ax.plot(x, linear, color="tab:gray", linestyle="--", label="linear in elements")
-        ax.errorbar(x, rows["median_ms"], spread, marker="o", capsize=2, label="measured")
-        label = {"elements": "elements", "tensors": "tensors", "unit_length": "elements per unit"}
-        ax.set(xscale="log", yscale="log", xlabel=label[str(name)], title=_fixed(rows, str(name)))
+    labels = {"unit_length": "elements per unit"}
+    for ax, axis in zip(axes, axes_names, strict=True):
+        rows = table[table["axis"] == axis]
+        for (name, role), line in rows.groupby(["implementation", "role"], sort=False):
+            x = line["parameters" if axis == "elements" else axis]
+            _errorbar(ax, x, line, "ms", label=name, color=COLORS[str(role)])
+            if role == "ours":
+                linear = line["median_ms"] / line["ratio_to_largest"]
+                ax.plot(x, linear, color="tab:gray", linestyle="--", label="linear in elements")
+        ax.set(xscale="log", yscale="log", xlabel=labels.get(axis, axis), title=_fixed(rows, axis))
         ax.title.set_fontsize(9)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("ms per step: median, 20th to 80th percentile")
-    axes[0].legend()
+    axes[0].legend(fontsize=8)
     first = table.iloc[0]
     figure.suptitle(
-        f"{first['implementation']}, {first['optimizer']}, {first['dtype']},"
-        f" on {first['device']}, {first['threads']} threads",
+        f"{first['optimizer']}, {first['dtype']}, on {first['device']}, {first['threads']} threads",
         fontsize=11,
     )
     path = csv.with_suffix(".png")
@@ -107,9 +108,17 @@ def scaling(table: pd.DataFrame, csv: Path) -> Path:
     return path
 
 
+def _errorbar(ax: Axes, x: pd.Series[int], line: pd.DataFrame, unit: str, **style: Any) -> None:
+    """Medians, and bars from the 20th to the 80th percentile."""
+    median, low, high = (line[f"{name}_{unit}"] for name in ("median", "p20", "p80"))
+    ax.errorbar(
+        x, median, [median - low, high - median], marker="o", markersize=4, capsize=2, **style
+    )
+
+
 def bandwidth(table: pd.DataFrame, csv: Path) -> Path:
     """Bytes that a step must move, per second, by unit length, beside those of a copy."""
-    rows = table[table["axis"] == "unit_length"]
+    rows = table[(table["axis"] == "unit_length") & (table["role"] == "ours")]
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
     x, reached = rows["unit_length"], rows["gb_per_s"]
@@ -161,18 +170,8 @@ def host_cost(table: pd.DataFrame, csv: Path) -> Path:
         for ax, (x, (shown, title)) in zip(row, panels.items(), strict=True):
             rows = table[shown & (table["caches"] == caches)]
             for (name, kind), line in rows.groupby(["implementation", "kind"], sort=False):
-                spread = [line["median_us"] - line["p20_us"], line["p80_us"] - line["median_us"]]
-                ax.errorbar(
-                    line[x],
-                    line["median_us"],
-                    spread,
-                    label=f"{name}, {kind}",
-                    color=colors[name],
-                    linestyle=styles[str(kind)],
-                    marker="o",
-                    markersize=4,
-                    capsize=2,
-                )
+                style = {"color": colors[name], "linestyle": styles[str(kind)]}
+                _errorbar(ax, line[x], line, "us", label=f"{name}, {kind}", **style)
             ax.set(xscale="log", yscale="log", title=f"{title}, {caches} caches")
             ax.title.set_fontsize(10)
             ax.grid(alpha=0.3)

@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -47,7 +46,14 @@ class Rounds(NamedTuple):
 def measure(
     optimizer: str, providers: Sequence[Provider], workload: Workload, rounds: Rounds
 ) -> pd.DataFrame:
-    """One row per provider, with ``COLUMNS``.
+    """One row per provider, with ``COLUMNS``, of what `time_steps` finds."""
+    return summarize(time_steps(optimizer, providers, workload, rounds))
+
+
+def time_steps(
+    optimizer: str, providers: Sequence[Provider], workload: Workload, rounds: Rounds
+) -> pd.DataFrame:
+    """One row per timed step, which repeats what there is to say of its provider.
 
     The providers take turns in every round, in a new order each time, so that whatever else the
     machine does hits all alike. Each has its own state; parameters and gradients lie in the same
@@ -60,28 +66,37 @@ def measure(
     settle_allocator()
     rotation = Rotation(providers, workload, sets)
     times = _time_in_turns(rotation, device, rounds, optimizer)
-    common = _common_columns(optimizer, workload, rounds.timed)
+    common = _common_columns(optimizer, workload)
     rows: list[dict[str, Any]] = []
     for i, (provider, of_step) in enumerate(zip(providers, times, strict=True)):
         params, step = rotation.params[i][0], rotation.steps[i][0]
         rotation.restore(0)
         peak = peak_extra_bytes(step, device)
         rotation.restore(0)
-        rows.append(
-            {
-                **common,
-                "implementation": provider.implementation,
-                "version": provider.version,
-                "role": provider.role,
-                "sets": sets,
-                "launches": count_launches(step, params, device),
-                "peak_extra_bytes": peak,
-                "peak_extra_share": peak / size,
-                **quantiles([t.ms for t in of_step], "ms"),
-                "host_ms": median(t.host_ms for t in of_step),
-            }
-        )
-    return _with_ratios(pd.DataFrame(rows))
+        of_provider = {
+            **common,
+            "implementation": provider.implementation,
+            "version": provider.version,
+            "role": provider.role,
+            "sets": sets,
+            "launches": count_launches(step, params, device),
+            "peak_extra_bytes": peak,
+            "peak_extra_share": peak / size,
+        }
+        rows += [{**of_provider, **one._asdict()} for one in of_step]
+    return pd.DataFrame(rows)
+
+
+def summarize(steps: pd.DataFrame) -> pd.DataFrame:
+    """One row per implementation from one per step, with ``COLUMNS``."""
+    by_name = steps.groupby("implementation", sort=False)
+    rows = steps.drop_duplicates("implementation", keep="last").set_index("implementation")
+    rows = rows.assign(
+        **quantiles(by_name["ms"], "ms"),
+        host_ms=by_name["host_ms"].median(),
+        rounds=by_name.size(),
+    )
+    return _with_ratios(rows.reset_index())
 
 
 def settle_allocator() -> None:
@@ -119,7 +134,7 @@ def _time_in_turns(
     return [of_step[warm_ups:] for of_step in times]
 
 
-def _common_columns(optimizer: str, workload: Workload, rounds: int) -> dict[str, Any]:
+def _common_columns(optimizer: str, workload: Workload) -> dict[str, Any]:
     params = workload.params
     return {
         "model": workload.model,
@@ -130,7 +145,6 @@ def _common_columns(optimizer: str, workload: Workload, rounds: int) -> dict[str
         "device": device_name(params[0].device),
         "threads": torch.get_num_threads(),
         "dtype": str(params[0].dtype).removeprefix("torch."),
-        "rounds": rounds,
         "bytes_moved": minimal_bytes(optimizer, params),
         "share_of_units_clipped": share_of_units_clipped(params, workload.grads),
         "torch": torch.__version__,
@@ -164,10 +178,10 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def quantiles(values: Sequence[float], unit: str) -> dict[str, float]:
-    """Columns for the median, 20th and 80th percentile."""
-    p20, middle, p80 = pd.Series(values).quantile([0.2, 0.5, 0.8])
-    return {f"median_{unit}": middle, f"p20_{unit}": p20, f"p80_{unit}": p80}
+def quantiles(values: Any, unit: str) -> dict[str, Any]:
+    """Columns for the median, 20th and 80th percentile of a series, or of each group of one."""
+    shares = {"median": 0.5, "p20": 0.2, "p80": 0.8}
+    return {f"{name}_{unit}": values.quantile(share) for name, share in shares.items()}
 
 
 def _with_ratios(rows: pd.DataFrame) -> pd.DataFrame:

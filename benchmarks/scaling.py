@@ -2,16 +2,19 @@
 
     python -m benchmarks.scaling [--device cpu] [--max-elements 1e8] [--plot] [--out ...]
 
-Each row changes one of the three and leaves the others as they are. Overhead is time per element
-over that of the largest case; growth is what each element, or each tensor more, costs over the
-least that it costs in a smaller case.
+Each case changes one of the three and leaves the others as they are. All take turns in several
+passes, whose rounds are pooled. Overhead is time per element over that of the largest case; growth
+is what each element, or each tensor more, costs over the least that it costs in a smaller case.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
-from collections.abc import Sequence
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +24,15 @@ from tqdm import tqdm
 
 from benchmarks import growth, plots
 from benchmarks.memory import bytes_needed, why_not
-from benchmarks.providers import OPTIMIZERS, copy_provider, providers
-from benchmarks.runner import COLUMNS, Rounds, device_name, measure
+from benchmarks.providers import OPTIMIZERS, Provider, copy_provider, providers
+from benchmarks.runner import COLUMNS, Rounds, device_name, summarize, time_steps
 from benchmarks.shapes import on_device, workload_of
 
 THREADS = 2
 DTYPE = torch.float32
-ROUNDS = Rounds(warmup=3, timed=15)
+PASSES = 5
+ROUNDS = Rounds(warmup=3, timed=4)  # in each pass
+ROLES = ("ours", "unclipped")
 # What the other two are while one changes.
 ELEMENTS, TENSORS, UNIT_LENGTH = 10**7, 10, 10**3
 # Along these the elements are as many, and cost as much: what counts is the cost of each more.
@@ -41,50 +46,77 @@ RATIOS = [
 
 
 class Case(NamedTuple):
-    """Equal matrices: which of the numbers changes, and the three numbers."""
+    """Equal matrices: elements of all, how many they are, and elements per unit."""
 
-    axis: str
     elements: int
     tensors: int
     unit_length: int
 
 
-def cases(largest: int) -> list[Case]:
-    """Every case, along each axis from small to large."""
+def axes(largest: int) -> dict[str, list[Case]]:
+    """The cases along each axis, from small to large."""
     elements = min(ELEMENTS, largest)
     sizes = [10**n for n in range(4, 12) if 10**n <= largest]
-    all_cases = [
-        *(Case("elements", size, TENSORS, UNIT_LENGTH) for size in sizes),
-        *(Case("tensors", elements, n, UNIT_LENGTH) for n in (1, 10, 100, 1000, 10_000)),
-        # (n, 1) would be one unit, not n.
-        *(
-            Case("unit_length", elements, TENSORS, n)
-            for n in (2, 10, 100, 10**3, 10**4, 10**5, 10**6)
-        ),
-    ]
-    return [c for c in all_cases if c.elements >= c.tensors * c.unit_length]
+    # (n, 1) would be one unit, not n.
+    lengths = (2, 10, 100, 10**3, 10**4, 10**5, 10**6)
+    found = {
+        "elements": [Case(size, TENSORS, UNIT_LENGTH) for size in sizes],
+        "tensors": [Case(elements, n, UNIT_LENGTH) for n in (1, 10, 100, 1000, 10_000)],
+        "unit_length": [Case(elements, TENSORS, n) for n in lengths],
+    }
+    return {
+        axis: [case for case in cases if case.elements >= case.tensors * case.unit_length]
+        for axis, cases in found.items()
+    }
 
 
-def measure_case(case: Case, optimizer: str, device: torch.device) -> pd.DataFrame | None:
-    """One row: what `measure` finds, and the case; None, with a message, where memory is short."""
-    ours = next(p for p in providers(optimizer, device.type) if p.role == "ours" and p.quick)
-    # What bandwidth is held against; it takes more memory than the step.
-    compared = [ours, copy_provider(optimizer)] if case.axis == "unit_length" else [ours]
+def in_turns(cases: Iterable[Case]) -> list[Case]:
+    """Every case once per pass, in a new order each time, so that drift of the machine hits all."""
+    order, once = random.Random(0), list(dict.fromkeys(cases))
+    return [case for _ in range(PASSES) for case in order.sample(once, len(once))]
+
+
+def compared(optimizer: str, device: torch.device) -> list[Provider]:
+    """Ours, torch's update without clipping, and a copy, which bandwidth is held against."""
+    quick = [p for p in providers(optimizer, device.type) if p.quick]
+    ours, unclipped = (next(p for p in quick if p.role == role) for role in ROLES)
+    return [ours, unclipped, copy_provider(optimizer)]
+
+
+def fits(case: Case, optimizer: str, device: torch.device) -> bool:
+    """Whether memory has room for a case; says so where it has not."""
     sizes = [case.elements // case.tensors] * case.tensors
     workload_bytes = 2 * case.elements * DTYPE.itemsize
-    needed = workload_bytes + bytes_needed(optimizer, compared, sizes, DTYPE.itemsize)
-    if reason := why_not(needed, device):
-        tqdm.write(f"{case.axis}, {case.elements:,} elements: left out, {reason}")
-        return None
+    needed = bytes_needed(optimizer, compared(optimizer, device), sizes, DTYPE.itemsize)
+    reason = why_not(workload_bytes + needed, device)
+    if reason:
+        tqdm.write(f"{case.elements:,} elements in {case.tensors:,} tensors: left out, {reason}")
+    return reason is None
+
+
+def time_case(case: Case, optimizer: str, device: torch.device) -> pd.DataFrame:
+    """Steps on matrices made for it: no two of the large cases fit in memory together."""
+    gc.collect()  # a process' first steps leave cycles that hold parameters
     shape = (case.elements // case.tensors // case.unit_length, case.unit_length)
-    workload = on_device(workload_of(case.axis, [shape] * case.tensors, DTYPE), device)
-    found = measure(optimizer, compared, workload, ROUNDS)
-    return found[found["role"] == "ours"].assign(axis=case.axis, unit_length=case.unit_length)
+    workload = workload_of("equal matrices", [shape] * case.tensors, DTYPE)
+    return time_steps(optimizer, compared(optimizer, device), on_device(workload, device), ROUNDS)
+
+
+def tabulate(lines: dict[str, list[Case]], found: dict[Case, pd.DataFrame]) -> pd.DataFrame:
+    """The rows of every axis, of the cases that were measured."""
+    rows = [
+        found[case].assign(axis=axis, unit_length=case.unit_length)
+        for axis, cases in lines.items()
+        for case in cases
+        if case in found
+    ]
+    table = pd.concat(rows, ignore_index=True)
+    return with_ratios(table[table["role"].isin(ROLES)])[[*KEYS, *COLUMNS, *RATIOS]]
 
 
 def with_ratios(table: pd.DataFrame) -> pd.DataFrame:
     """Adds what each element or tensor costs, beside the largest and the cheapest smaller case."""
-    return pd.concat([_of_line(line) for _, line in table.groupby("axis", sort=False)])
+    return pd.concat([_of_line(line) for _, line in table.groupby(["axis", "role"], sort=False)])
 
 
 def _of_line(line: pd.DataFrame) -> pd.DataFrame:
@@ -108,12 +140,13 @@ def counts(line: pd.DataFrame) -> pd.Series[int]:
 def verdict(line: pd.DataFrame) -> str:
     """What each costs at an axis' end, where small cases cost more, and where larger ones do."""
     axis, end, last = str(line["axis"].iloc[0]), line.iloc[-1], counts(line).iloc[-1]
+    title = f"{axis}, {end['implementation']}"
     grows = growth.verdict(line["ratio_to_cheapest_smaller"], counts(line))
     if axis in MORE:
-        return f"{axis}: {end['us_for_each_more']:.3g} us for each more at {last:,}; {grows}"
+        return f"{title}: {end['us_for_each_more']:.3g} us for each more at {last:,}; {grows}"
     small = growth.listed(line["ratio_to_largest"], counts(line))
     overhead = f"overhead: {small}" if small else f"nowhere over {growth.LINEAR:g} times that"
-    return f"{axis}: {end['ns_per_element']:.3g} ns per element at {last:,}; {overhead}; {grows}"
+    return f"{title}: {end['ns_per_element']:.3g} ns per element at {last:,}; {overhead}; {grows}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,19 +164,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(THREADS)
-    device, largest = torch.device(args.device), int(args.max_elements)
-    in_turn = tqdm(cases(largest), desc="scaling", unit="case", disable=None)
-    found = [measure_case(case, args.optimizer, device) for case in in_turn]
-    columns = [*KEYS, *COLUMNS, *RATIOS]
-    table = with_ratios(pd.concat([row for row in found if row is not None], ignore_index=True))[
-        columns
-    ]
+    device, lines = torch.device(args.device), axes(int(args.max_elements))
+    possible = [c for line in lines.values() for c in line if fits(c, args.optimizer, device)]
+    steps: defaultdict[Case, pd.DataFrame] = defaultdict(pd.DataFrame)
+    for case in tqdm(in_turns(possible), desc="scaling", unit="case", disable=None):
+        new = time_case(case, args.optimizer, device)
+        steps[case] = pd.concat([steps[case], new], ignore_index=True)
+    table = tabulate(lines, {case: summarize(of_case) for case, of_case in steps.items()})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out, index=False)
-    sizes = ["axis", "parameters", "tensors", "unit_length"]
-    shown = [*sizes, "median_ms", "gb_per_s", "share_of_copy_bandwidth", *RATIOS]
+    sizes = ["parameters", "tensors", "unit_length"]
+    shown = [
+        "axis",
+        "implementation",
+        *sizes,
+        "median_ms",
+        "gb_per_s",
+        "share_of_copy_bandwidth",
+        *RATIOS,
+    ]
     print(table[shown].to_string(index=False, float_format="{:.3f}".format))
-    for _, line in table.groupby("axis", sort=False):
+    for _, line in table.groupby(["axis", "role"], sort=False):
         print(verdict(line))
     print(f"on {device_name(device)}; every row is in {args.out}")
     if args.plot:

@@ -2,71 +2,108 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
 from benchmarks import memory, scaling
-from benchmarks.runner import COLUMNS, Rounds
+from benchmarks.runner import COLUMNS, Rounds, summarize
 
 
 def test_cases_change_one_number_each_and_fit() -> None:
-    found = scaling.cases(10**8)
-    defaults = {"elements": 10**7, "tensors": 10, "unit_length": 10**3}
-    for case in found:
-        fixed = {name: n for name, n in defaults.items() if name != case.axis}
-        assert {name: getattr(case, name) for name in fixed} == fixed
-        assert case.elements % (case.tensors * case.unit_length) == 0
-    sizes = [case.elements for case in found if case.axis == "elements"]
-    assert sizes == [10**n for n in range(4, 9)]
-    assert {case.axis for case in found} == set(defaults)
+    lines = scaling.axes(10**8)
+    shared = scaling.Case(elements=10**7, tensors=10, unit_length=10**3)
+    assert set(lines) == set(shared._fields)
+    for axis, cases in lines.items():
+        assert shared in cases
+        numbers = [getattr(case, axis) for case in cases]
+        assert cases == [shared._replace(**{axis: n}) for n in sorted(set(numbers))]
+        assert all(case.elements % (case.tensors * case.unit_length) == 0 for case in cases)
+    assert [case.elements for case in lines["elements"]] == [10**n for n in range(4, 9)]
+
+
+def test_every_case_has_a_turn_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "PASSES", 3)
+    cases = scaling.axes(10**7)["unit_length"]
+    turns = scaling.in_turns([*cases, *cases])
+    passes = [turns[i : i + len(cases)] for i in range(0, len(turns), len(cases))]
+    assert [set(one) for one in passes] == [set(cases)] * 3
+    assert len(set(map(tuple, passes))) == 3
 
 
 def test_writes_and_draws_every_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    measured: list[scaling.Case] = []
+
+    def time_case(case: scaling.Case, *args: Any) -> pd.DataFrame:
+        measured.append(case)
+        return original(case, *args)
+
+    original = scaling.time_case
+    monkeypatch.setattr(scaling, "time_case", time_case)
+    monkeypatch.setattr(scaling, "PASSES", 2)
     monkeypatch.setattr(scaling, "ROUNDS", Rounds(1, 2))
     monkeypatch.setattr(scaling, "THREADS", 1)
     out = tmp_path / "new" / "rows.csv"
     scaling.main(["--max-elements", "1e4", "--plot", "--out", str(out)])
     table = pd.read_csv(out)
     assert list(table.columns) == [*scaling.KEYS, *COLUMNS, *scaling.RATIOS]
-    cases = scaling.cases(10**4)
-    assert list(zip(table["axis"], table["tensors"], table["unit_length"], strict=True)) == [
-        (case.axis, case.tensors, case.unit_length) for case in cases
+    lines = scaling.axes(10**4)
+    rows = table[["axis", "role", "parameters", "tensors", "unit_length"]]
+    assert list(rows.itertuples(index=False, name=None)) == [
+        (axis, role, *case)
+        for axis, cases in lines.items()
+        for role in scaling.ROLES
+        for case in cases
     ]
-    assert set(table["parameters"]) == {10**4}
-    assert (table["units"] * table["unit_length"] == 10**4).all()
+    assert (table["units"] * table["unit_length"] == table["parameters"]).all()
+    assert (table["share_of_copy_bandwidth"] > 0).all()
+
+    assert Counter(measured) == dict.fromkeys({c for cases in lines.values() for c in cases}, 2)
+    assert set(table["rounds"]) == {2 * 2}
+    shared = table[(table["tensors"] == 10) & (table["unit_length"] == 1000)]
+    assert len(shared) == 3 * len(scaling.ROLES)
+    assert shared["median_ms"].nunique() == len(scaling.ROLES)
+
     printed = capsys.readouterr().out
-    picture = out.with_suffix(".png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    bandwidth = out.with_name("rows-bandwidth.png")
-    assert bandwidth.read_bytes().startswith(b"\x89PNG")
-    for expected in ("elements:", "tensors:", "unit_length:", *map(str, (out, picture, bandwidth))):
-        assert expected in printed
-    assert set(table["role"]) == {"ours"}
-    copied = table["share_of_copy_bandwidth"] > 0
-    assert copied.tolist() == (table["axis"] == "unit_length").tolist()
+    pictures = [out.with_suffix(".png"), out.with_name("rows-bandwidth.png")]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    starts = [f"{axis}, {name}: " for axis in lines for name in set(table["implementation"])]
+    assert all(expected in printed for expected in (*starts, str(out), *map(str, pictures)))
+
+
+def test_rounds_of_all_passes_count() -> None:
+    found = ["rounds", "median_ms", "p20_ms", "p80_ms"]
+    common = {"implementation": "x", "role": "ours", "bytes_moved": 28}
+    steps = pd.DataFrame([{**common, "ms": ms, "host_ms": ms} for ms in range(1, 12)])
+    given = [*(name for name in COLUMNS if name not in (*found, "host_ms")), "ms", "host_ms"]
+    row = summarize(steps.reindex(columns=given)).iloc[0]
+    assert row[found].tolist() == [11, 6, 3, 9]
 
 
 def test_cases_that_memory_has_no_room_for_are_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    case = scaling.Case("elements", 10**9, 10, 1000)
+    case = scaling.Case(10**9, 10, 1000)
     monkeypatch.setattr(memory, "free_bytes", lambda _: 20 << 30)
-    assert scaling.measure_case(case, "adamw", torch.device("cpu")) is None
-    assert "elements, 1,000,000,000 elements: left out, it needs" in capsys.readouterr().out
+    assert not scaling.fits(case, "adamw", torch.device("cpu"))
+    assert "1,000,000,000 elements in 10 tensors: left out, it needs" in capsys.readouterr().out
+    assert scaling.fits(case._replace(elements=10**8), "adamw", torch.device("cpu"))
 
 
 def test_more_elements_than_by_default_are_measured_on_request() -> None:
-    assert max(case.elements for case in scaling.cases(10**9)) == 10**9
+    assert scaling.axes(10**9)["elements"][-1].elements == 10**9
 
 
 def line_of(axis: str, counts: list[int], ms: list[float]) -> pd.DataFrame:
     """Rows of an axis as if measured."""
-    line = pd.DataFrame({"axis": axis, "parameters": 10**6, "median_ms": ms})
+    common = {"axis": axis, "role": "ours", "implementation": "x", "parameters": 10**6}
+    line = pd.DataFrame({**common, "median_ms": ms})
     return scaling.with_ratios(
         line.assign(**{"parameters" if axis == "elements" else axis: counts})
     )
@@ -103,7 +140,7 @@ SIZES = [10**n for n in range(4, 10)]
 )
 def test_overhead_and_growth_by_elements(ms: list[float], expected: str) -> None:
     line = line_of("elements", SIZES[: len(ms)], ms)
-    assert scaling.verdict(line) == f"elements: {expected}"
+    assert scaling.verdict(line) == f"elements, x: {expected}"
 
 
 TENSORS = [1, 10, 100, 1000, 10_000]
@@ -123,4 +160,4 @@ TENSORS = [1, 10, 100, 1000, 10_000]
     ],
 )
 def test_growth_by_tensors_is_told_by_what_each_more_costs(ms: list[float], expected: str) -> None:
-    assert scaling.verdict(line_of("tensors", TENSORS, ms)).startswith(f"tensors: {expected}")
+    assert scaling.verdict(line_of("tensors", TENSORS, ms)).startswith(f"tensors, x: {expected}")
