@@ -16,9 +16,9 @@ demo: $(INSTALLED)
 	$(PYTHON) -m benchmarks.digits
 	$(PYTHON) -m benchmarks.torch_path --quick
 
-# Step time and bandwidth beside other implementations; goes on where an earlier run was ended.
+# Step time and bandwidth beside other implementations.
 bench: $(INSTALLED)
-	$(PYTHON) -m benchmarks.throughput --resume --plot
+	$(PYTHON) -m benchmarks.throughput --plot
 
 test: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-import agc_triton
 from agc_triton import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
 from benchmarks.timing import Step
+from benchmarks.version import our_version
 
 Clip = Callable[[Iterable[Tensor]], object]
 Role = Literal["ours", "wrapper", "peer", "unclipped", "copy"]
@@ -80,7 +80,7 @@ def providers(
         modes, fastest = UNFUSED, "for-loop"  # fused is wrong there up to 2.13 (pytorch#191763)
     elif device == "cuda" and "fused" not in modes:
         fastest = "foreach"
-    version = f"agc_triton {agc_triton.__version__}"
+    version = f"agc_triton {our_version()}"
     torch_version = f"torch {torch.__version__}"
 
     def ours(backend: str, params: list[Tensor]) -> Step:

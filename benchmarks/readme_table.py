@@ -34,9 +34,9 @@ def with_tables(text: str) -> str:
 
 
 def tables(csv: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """The rows of each table: one model and dtype, a machine and number of threads each."""
+    """The rows of each table: one model and dtype, a machine, its threads and a torch each."""
     shown = csv[(csv["model"] == MODEL) & (csv["dtype"] == DTYPE)]
-    for _, rows in shown.groupby(["device", "threads"], sort=False):
+    for _, rows in shown.groupby(["device", "threads", "torch"], sort=False):
         yield rows
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks import plots, shapes
 from benchmarks.memory import bytes_needed, why_not
 from benchmarks.providers import OPTIMIZERS, Provider, copy_provider, providers
-from benchmarks.runner import COLUMNS, Rounds, device_name, measure
+from benchmarks.runner import COLUMNS, Rounds, device_name, measure, triton_version
 from benchmarks.shapes import Workload, load_shapes, on_device, random_workload
 
 MODEL = "dm_nfnet_f0"
@@ -65,6 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", action="store_true", help="a picture per model and dtype")
     parser.add_argument("--out", type=Path, default=Path("out/throughput.csv"))
     args = parser.parse_args(argv)
+    args.earlier = pd.DataFrame(columns=COLUMNS)
+    if args.resume and args.out.exists():
+        args.earlier = earlier_rows(args.out, parser)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     everything = args.device == "cuda" and not args.quick
     args.models = args.models or (models if everything else [MODEL])
@@ -79,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     rounds = Rounds(warmup=1, timed=5) if args.quick else Rounds(warmup=2, timed=12)
-    table = pd.DataFrame(columns=COLUMNS)
-    if args.resume and args.out.exists():
-        table = pd.read_csv(args.out)
+    table, kept = args.earlier, 0
     workload: Workload | None = None
     for group in tqdm(list(groups(args)), desc="throughput", unit="group", disable=None):
         dtype = DTYPES[group.dtype]
@@ -90,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         compared = [p for p in compared if p.quick or not args.quick]
         compared.append(copy_provider(group.optimizer))
         same = belongs(table, group, device)
-        if {p.implementation for p in compared} <= set(table.loc[same, "implementation"]):
+        if is_measured(table[same], compared):
+            kept += 1
             continue
         if workload is not None and not is_of(workload, group):
             workload = None  # frees its memory first
@@ -107,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Ratios are between rows of one run: what there was of this group goes as a whole.
         table = pd.concat([table[~same], rows], ignore_index=True) if len(table) else rows
         write(table, args.out)
+    if args.resume:
+        print(f"groups kept as they were in {args.out}: {kept}")
     print(table[SHOWN].to_string(index=False, float_format="{:.3f}".format))
     print(f"on {device_name(device)}; every row is in {args.out}")
     if args.plot:
@@ -133,6 +137,27 @@ def needed(group: Group, compared: Sequence[Provider], workload: Workload | None
     itemsize = DTYPES[group.dtype].itemsize
     workload_bytes = 0 if workload else 2 * sum(sizes) * itemsize
     return workload_bytes + bytes_needed(group.optimizer, compared, sizes, itemsize)
+
+
+def earlier_rows(path: Path, parser: argparse.ArgumentParser) -> pd.DataFrame:
+    """The rows that an earlier run wrote."""
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(("version", "torch", "triton"), str))
+    except ValueError as error:  # not a CSV, or empty
+        parser.error(f"argument --resume: {path} is no table: {error}")
+    if missing := set(COLUMNS) - set(table.columns):
+        parser.error(f"argument --resume: {path} has no columns {', '.join(sorted(missing))}")
+    return table.fillna({"triton": ""})
+
+
+def is_measured(rows: pd.DataFrame, compared: Sequence[Provider]) -> bool:
+    """Whether a group has a row of every implementation, in the versions that are here now."""
+    same = (rows["torch"] == torch.__version__) & (rows["triton"] == triton_version())
+    found = dict(zip(rows["implementation"], rows["version"], strict=True))
+    return (
+        bool(same.all())
+        and {p.implementation: p.version for p in compared}.items() <= found.items()
+    )
 
 
 def belongs(table: pd.DataFrame, group: Group, device: torch.device) -> pd.Series[bool]:

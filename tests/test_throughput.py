@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +18,14 @@ from torch.autograd.profiler import record_function
 from torch.nn import Parameter
 from torch.profiler import DeviceType
 
+import agc_triton
 from agc_triton import AdamW_AGC, unitwise_norm
 from benchmarks import counters, memory, readme_table, rotation, shapes, throughput
 from benchmarks.counters import count_launches, launched
 from benchmarks.providers import OPTIMIZERS, copy_provider, minimal_bytes, providers
 from benchmarks.runner import COLUMNS, Rounds, measure
 from benchmarks.timing import Step
+from benchmarks.version import version_in
 from tests.helpers import SHAPES, write_shapes
 
 CPU = torch.device("cpu")
@@ -178,6 +182,65 @@ def test_resume_keeps_rows_and_measures_what_is_missing(
     pd.testing.assert_frame_equal(again, both)
 
 
+@pytest.mark.parametrize("column", ["version", "torch", "triton"])
+def test_resume_keeps_no_rows_of_other_versions(
+    column: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "rows.csv"
+    table = run(out)
+    table.loc[table["optimizer"].eq("adamw") & table["role"].eq("ours"), column] = "9.9"
+    table.to_csv(out, index=False)
+    monkeypatch.setattr(throughput, "measure", measured := Measured())
+    again = run(out, "--resume")
+    assert measured.optimizers == ["adamw"]
+    assert "9.9" not in set(again[column].astype(str))
+    assert len(again) == len(table)
+    assert f"groups kept as they were in {out}: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is no table: No columns"), ("a,b\n1,2\n", "has no columns bytes_moved, ")],
+)
+def test_resume_from_what_is_no_report_says_so(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.csv"
+    out.write_text(content)
+    with pytest.raises(SystemExit):
+        run(out, "--resume")
+    assert f"argument --resume: {out} {message}" in capsys.readouterr().err
+    assert out.read_text() == content
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_our_version_tells_commits_apart(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "agc_triton"
+    (tmp_path / "kernels").mkdir()
+    package.mkdir()
+    (package / "kernels").symlink_to("../kernels")
+    (package / "__init__.py").touch()
+    assert version_in(package) == agc_triton.__version__
+    git("init")
+    assert version_in(package) == agc_triton.__version__
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = f"{agc_triton.__version__}+g{git('rev-parse', 'HEAD')[:7]}"
+    assert version_in(package) == clean
+    (tmp_path / "results.csv").touch()
+    assert version_in(package) == clean
+    (tmp_path / "kernels" / "step.py").touch()
+    assert version_in(package) == f"{clean}.dirty"
+
+
 def test_resume_measures_a_group_anew_where_implementations_are_missing(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     few = run(out, "--optimizers", "adamw")
@@ -320,13 +383,15 @@ def test_readme_tables_are_of_one_model_and_dtype() -> None:
     assert list(readme_table.tables(pd.concat(others))) == []
 
 
-def test_readme_has_a_table_for_each_machine_of_a_csv() -> None:
-    both = pd.concat([readme_rows(), readme_rows(threads=64), readme_rows(device="Other CPU")])
+def test_readme_has_a_table_for_each_machine_and_torch_of_a_csv() -> None:
+    others: list[dict[str, Any]] = [{"threads": 64}, {"device": "Other CPU"}, {"torch": "10.0"}]
+    both = pd.concat([readme_rows(), *(readme_rows(**other) for other in others)])
     headings = [readme_table.markdown(rows).splitlines()[0] for rows in readme_table.tables(both)]
     assert headings == [
         HEADING,
         HEADING.replace("2 threads", "64 threads"),
         HEADING.replace("Some", "Other"),
+        HEADING.replace("9.9", "10.0"),
     ]
 
 
