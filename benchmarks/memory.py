@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.providers import OPTIMIZERS, Provider
+from benchmarks.providers import OPTIMIZERS, Provider, copied_at_once
 
 # The rest is for what is not counted here.
 USABLE = 0.9
@@ -42,8 +42,8 @@ def bytes_needed(
     whole, largest = sum(sizes) * itemsize, max(sizes) * itemsize
     shared = 2 * whole  # parameters and gradients
     states = OPTIMIZERS[optimizer].states
-    copied = 3 + 2 * states  # as many bytes as a step moves
-    own = sum(copied if p.role == "copy" else states for p in providers) * whole
+    copied = copied_at_once((3 + 2 * states) * whole)
+    own = sum(copied if p.role == "copy" else states * whole for p in providers)
     # torch's foreach keeps a tensor per parameter; clipping one tensor takes up to three.
     scratch = whole + 3 * largest
     # New gradients, twice, while launches are counted on a GPU.

@@ -58,6 +58,7 @@ class Optimizer(NamedTuple):
 LR = 1e-9  # so small that weights, and so the share of clipped units, stay what they were
 UNFUSED = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
 MODES = {**UNFUSED, "fused": {"fused": True}}
+LEAST_COPIED = 256 << 20
 MOMENTUM = {"lr": LR, "momentum": 0.9}
 
 OPTIMIZERS = {
@@ -141,10 +142,27 @@ def copy_provider(optimizer: str) -> Provider:
 
     def build(params: list[Tensor]) -> Step:
         half = minimal_bytes(optimizer, params) // 2
-        source = torch.ones(half, dtype=torch.uint8, device=params[0].device)
-        return partial(torch.empty_like(source).copy_, source)
+        words = -(-copied_at_once(2 * half) // 16)
+        # Words, because torch copies single bytes more slowly; the last few are what is left.
+        to, source = torch.ones(2, words, dtype=torch.int64, device=params[0].device)
+        whole, rest = divmod(half, 8 * words)
+        pieces = [(to, source)] * whole + [(to[: rest // 8], source[: rest // 8])]
+        last = slice(rest // 8 * 8, rest)
+        pieces.append((to.view(torch.uint8)[last], source.view(torch.uint8)[last]))
+        pieces = [piece for piece in pieces if piece[0].numel()]
+
+        def step() -> None:
+            for to, source in pieces:
+                to.copy_(source)
+
+        return step
 
     return Provider("copy of as many bytes", f"torch {torch.__version__}", "copy", True, build)
+
+
+def copied_at_once(moved: int) -> int:
+    """Bytes of both buffers of a copy: far more than caches hold, and little for large models."""
+    return min(moved, max(moved // 4, LEAST_COPIED))
 
 
 def minimal_bytes(optimizer: str, params: Iterable[Tensor]) -> int:
