@@ -32,6 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from agc_triton import SGD_AGC, param_groups
+from benchmarks.arguments import check_folder, positive
 from benchmarks.nfnet import NFNet
 from benchmarks.runner import cpu_name
 
@@ -246,14 +247,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--epochs", type=positive, default=30)
     parser.add_argument("--out", type=Path, default=Path("out", "digits"), help="folder")
     args = parser.parse_args(argv)
+    check_folder(parser, args.out)
 
     torch.set_num_threads(THREADS)
     epochs = train_all(args.seeds, args.epochs)
-    args.out.mkdir(parents=True, exist_ok=True)
     csv, png = args.out / "digits.csv", args.out / "digits.png"
     epochs.to_csv(csv, index=False)
     plot(epochs, png)

@@ -39,7 +39,8 @@ from tqdm import tqdm
 from agc_triton import AdamW_AGC
 from agc_triton.kernels.launch import Launch
 from benchmarks import growth, plots
-from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version
+from benchmarks.arguments import check_file, positive
+from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version, write
 
 OURS, THEIRS, FLOOR = "AdamW_AGC triton", "torch AdamW fused", "reading addresses only"
 KINDS = ("steady", "changing")
@@ -124,6 +125,8 @@ def measure(tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
                     **{"kind": kind, "caches": caches, **found},
                     "us_per_tensor": median / tensors,
                     "times_cheaper_than_torch": medians[THEIRS]["median_us"] / median,
+                    **{"device": cpu_name(), "calls": calls, "torch": torch.__version__},
+                    **{"triton": triton_version(), "timestamp": timestamp()},
                 }
             )
     return rows
@@ -191,26 +194,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--calls", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--calls", type=positive, default=200, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="three small cases")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/host_cost.csv"))
     args = parser.parse_args(argv)
+    check_file(parser, args.out)
+    rows = []
     with no_launches():
-        rows = [
-            row
-            for tensors, groups in tqdm(cases(args.quick), desc="host cost", disable=None)
-            for row in measure(tensors, groups, args.calls)
-        ]
-    table = pd.DataFrame(rows).assign(
-        device=cpu_name(),
-        calls=args.calls,
-        torch=torch.__version__,
-        triton=triton_version(),
-        timestamp=timestamp(),
-    )[COLUMNS]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(args.out, index=False)
+        for tensors, groups in tqdm(cases(args.quick), desc="host cost", disable=None):
+            rows += measure(tensors, groups, args.calls)
+            table = pd.DataFrame(rows)[COLUMNS]
+            write(table, args.out)
     shown = table[COLUMNS[: COLUMNS.index("device")]]
     print(shown.to_string(index=False, float_format="{:.2f}".format))
     print("\n".join(verdicts(table)))

@@ -28,6 +28,7 @@ from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
 from agc_triton.buckets import Bucket, BucketPlan, TensorUnits, plan_buckets
 from agc_triton.kernels import launch
 from agc_triton.units import memory_order, unit_layout
+from benchmarks.arguments import check_file
 from benchmarks.compiled import (
     MAX_WARPS_PER_SM,
     compile_begin,
@@ -35,6 +36,7 @@ from benchmarks.compiled import (
     resident_warps,
     step_code,
 )
+from benchmarks.runner import write
 from benchmarks.shapes import TABLES, load_shapes
 
 # Classes and options; AdamW's kernels are Adam's, found in the cache.
@@ -49,6 +51,9 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Compute capabilities that Triton's assembler knows.
+ARCHS = ("75", "80", "86", "87", "89", "90", "100", "120")
 
 # Peak memory bandwidth, TB/s (NVIDIA data sheets: A100 SXM 80 GB, H100 SXM, H200).
 BANDWIDTH = {"A100": 2.039, "H100": 3.35, "H200": 4.8}
@@ -187,14 +192,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=models, choices=models)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
-    parser.add_argument("--arch", nargs="+", default=["80", "90"], help="compute capabilities")
+    parser.add_argument("--arch", nargs="+", default=["80", "90"], choices=ARCHS)
     parser.add_argument("--out", type=Path, default=Path("out/kernel_report.csv"))
     args = parser.parse_args(argv)
+    check_file(parser, args.out)
     if launch.interpreted():
         parser.error("kernels are not compiled under TRITON_INTERPRET=1; unset it")
     table = report(args.models, args.optimizers, args.dtypes, args.arch)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(args.out, index=False)
+    write(table, args.out)
     print(summary(table).to_string(index=False, float_format="{:.4g}".format))
     adamw = kernel_of("AdamW")
     plan = plan_model(args.models[0], torch.float32, adamw.states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import random
 import re
@@ -182,6 +183,13 @@ def quantiles(values: Any, unit: str) -> dict[str, Any]:
     """Columns for the median, 20th and 80th percentile of a series, or of each group of one."""
     shares = {"median": 0.5, "p20": 0.2, "p80": 0.8}
     return {f"{name}_{unit}": values.quantile(share) for name, share in shares.items()}
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write a CSV that is whole at any moment."""
+    unfinished = path.with_suffix(".unfinished")
+    table.to_csv(unfinished, index=False)
+    os.replace(unfinished, path)
 
 
 def _with_ratios(rows: pd.DataFrame) -> pd.DataFrame:

@@ -23,9 +23,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import growth, plots
+from benchmarks.arguments import check_file, device
 from benchmarks.memory import bytes_needed, why_not
 from benchmarks.providers import OPTIMIZERS, Provider, copy_provider, providers
-from benchmarks.runner import COLUMNS, Rounds, device_name, summarize, time_steps
+from benchmarks.runner import COLUMNS, Rounds, device_name, summarize, time_steps, write
 from benchmarks.shapes import on_device, workload_of
 
 THREADS = 2
@@ -68,6 +69,14 @@ def axes(largest: int) -> dict[str, list[Case]]:
         axis: [case for case in cases if case.elements >= case.tensors * case.unit_length]
         for axis, cases in found.items()
     }
+
+
+def elements(text: str) -> float:
+    """How many elements, of which no case has fewer than 10,000."""
+    number = float(text)
+    if not 1e4 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 10,000 on")
+    return number
 
 
 def in_turns(cases: Iterable[Case]) -> list[Case]:
@@ -156,23 +165,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", type=device, choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--max-elements", type=float, default=1e8, help="default: %(default)g")
+    parser.add_argument("--max-elements", type=elements, default=1e8, help="default: %(default)g")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/scaling.csv"))
     args = parser.parse_args(argv)
-
+    check_file(parser, args.out)
     torch.set_num_threads(THREADS)
-    device, lines = torch.device(args.device), axes(int(args.max_elements))
-    possible = [c for line in lines.values() for c in line if fits(c, args.optimizer, device)]
+    on, lines = torch.device(args.device), axes(int(args.max_elements))
+    possible = [c for line in lines.values() for c in line if fits(c, args.optimizer, on)]
     steps: defaultdict[Case, pd.DataFrame] = defaultdict(pd.DataFrame)
+    found = {}
     for case in tqdm(in_turns(possible), desc="scaling", unit="case", disable=None):
-        new = time_case(case, args.optimizer, device)
+        new = time_case(case, args.optimizer, on)
         steps[case] = pd.concat([steps[case], new], ignore_index=True)
-    table = tabulate(lines, {case: summarize(of_case) for case, of_case in steps.items()})
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(args.out, index=False)
+        found[case] = summarize(steps[case])
+        table = tabulate(lines, found)
+        write(table, args.out)
     sizes = ["parameters", "tensors", "unit_length"]
     shown = [
         "axis",
@@ -186,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table[shown].to_string(index=False, float_format="{:.3f}".format))
     for _, line in table.groupby(["axis", "role"], sort=False):
         print(verdict(line))
-    print(f"on {device_name(device)}; every row is in {args.out}")
+    print(f"on {device_name(on)}; every row is in {args.out}")
     if args.plot:
         for path in (plots.scaling(table, args.out), plots.bandwidth(table, args.out)):
             print(f"drawn in {path}")

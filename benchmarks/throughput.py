@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import plots, shapes
+from benchmarks.arguments import check_file, device, positive
 from benchmarks.memory import bytes_needed, why_not
 from benchmarks.providers import OPTIMIZERS, Provider, copy_provider, providers
-from benchmarks.runner import COLUMNS, Rounds, device_name, measure, triton_version
+from benchmarks.runner import COLUMNS, Rounds, device_name, measure, triton_version, write
 from benchmarks.shapes import Workload, load_shapes, on_device, random_workload
 
 MODEL = "dm_nfnet_f0"
@@ -54,10 +54,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+        "--device", type=device, choices=["cpu", "cuda"], help="default: cuda where there is one"
     )
     parser.add_argument(
-        "--threads", type=int, default=THREADS, help="on a CPU; default: %(default)s"
+        "--threads", type=positive, default=THREADS, help="on a CPU; default: %(default)s"
     )
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too")
@@ -65,6 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", action="store_true", help="a picture per model and dtype")
     parser.add_argument("--out", type=Path, default=Path("out/throughput.csv"))
     args = parser.parse_args(argv)
+    check_file(parser, args.out)
     args.earlier = pd.DataFrame(columns=COLUMNS)
     if args.resume and args.out.exists():
         args.earlier = earlier_rows(args.out, parser)
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure group by group; the CSV has every group that was finished."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    on = torch.device(args.device)
     rounds = Rounds(warmup=1, timed=5) if args.quick else Rounds(warmup=2, timed=12)
     table, kept = args.earlier, 0
     workload: Workload | None = None
@@ -90,17 +91,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         compared = [*providers(group.optimizer, args.device, dtype, compiled)]
         compared = [p for p in compared if p.quick or not args.quick]
         compared.append(copy_provider(group.optimizer))
-        same = belongs(table, group, device)
+        same = belongs(table, group, on)
         if is_measured(table[same], compared):
             kept += 1
             continue
         if workload is not None and not is_of(workload, group):
             workload = None  # frees its memory first
         gc.collect()  # a process' first steps leave cycles that hold parameters
-        if reason := why_not(needed(group, compared, workload), device):
+        if reason := why_not(needed(group, compared, workload), on):
             tqdm.write(f"{' '.join(group)} is left out: {reason}")
             continue
-        workload = workload or on_device(random_workload(group.model, dtype), device)
+        workload = workload or on_device(random_workload(group.model, dtype), on)
         try:
             rows = measure(group.optimizer, compared, workload, rounds)
         except torch.OutOfMemoryError as error:
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resume:
         print(f"groups kept as they were in {args.out}: {kept}")
     print(table[SHOWN].to_string(index=False, float_format="{:.3f}".format))
-    print(f"on {device_name(device)}; every row is in {args.out}")
+    print(f"on {device_name(on)}; every row is in {args.out}")
     if args.plot:
         for path in plots.step_times(table, args.out):
             print(f"drawn in {path}")
@@ -170,14 +171,6 @@ def belongs(table: pd.DataFrame, group: Group, device: torch.device) -> pd.Serie
         & (table["device"] == device_name(device))
         & (table["threads"] == torch.get_num_threads())
     )
-
-
-def write(table: pd.DataFrame, path: Path) -> None:
-    """Write a CSV that is whole at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    table.to_csv(unfinished, index=False)
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from agc_triton import blocks
+from benchmarks.arguments import check_file
 from benchmarks.providers import OPTIMIZERS, Provider, Role, providers
-from benchmarks.runner import COLUMNS, Rounds, measure
+from benchmarks.runner import COLUMNS, Rounds, measure, write
 from benchmarks.shapes import Workload, random_workload
 from benchmarks.timing import Step
 
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep", action="store_true", help="block sizes instead of peers")
     parser.add_argument("--out", type=Path, help="default: out/torch_path[_sweep].csv")
     args = parser.parse_args(argv)
+    out = args.out or Path("out", "torch_path_sweep.csv" if args.sweep else "torch_path.csv")
+    check_file(parser, out)
 
     torch.set_num_threads(THREADS)
     workload = random_workload(MODEL)
@@ -63,10 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for optimizer in args.optimizers:
         rows = table[table["optimizer"] == optimizer]
         print(f"{optimizer}: {_fastest_block(rows) if args.sweep else _speed_up(rows)}")
-    out = args.out or Path("out", "torch_path_sweep.csv" if args.sweep else "torch_path.csv")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    columns = [*COLUMNS, "block"] if args.sweep else COLUMNS
-    table.to_csv(out, columns=columns, index=False)
+    write(table[[*COLUMNS, "block"] if args.sweep else COLUMNS], out)
     print(f"written to {out}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +19,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agc_triton import blocks
-from benchmarks import shapes, torch_path
+from benchmarks import digits, host_cost, kernel_report, scaling, shapes, throughput, torch_path
 from benchmarks.counters import peak_extra_bytes
 from benchmarks.providers import (
     OPTIMIZERS,
@@ -341,6 +342,58 @@ def test_sweep_writes_one_row_per_block_size(
     assert list(table.columns) == [*COLUMNS, "block"]
     assert list(table["block"].dropna()) == torch_path.BLOCKS
     assert f"blocks.py has {blocks.BLOCK}" in capsys.readouterr().out
+
+
+REPORTS: list[Any] = [digits, host_cost, kernel_report, scaling, throughput, torch_path]
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.__name__)
+def test_where_rows_go_is_checked_before_anything_is_measured(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    under_a_file = tmp_path / "file" / "rows.csv"
+    read_only = tmp_path / "new" / "rows.csv"
+    monkeypatch.setattr(os, "access", lambda path, mode: path == read_only and mode != os.W_OK)
+    places = {under_a_file: "argument --out: [Errno", read_only: "cannot be written to"}
+    if report is not digits:  # which writes to a folder
+        places[tmp_path] = f"argument --out: {tmp_path} is a folder"
+    for out, message in places.items():
+        with pytest.raises(SystemExit):
+            report.main(["--out", str(out)])
+        assert message in capsys.readouterr().err
+    assert read_only.parent.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("report", "arguments", "message"),
+    [
+        (throughput, "--threads 0", "--threads: 0 is no whole number above 0"),
+        (throughput, "--threads two", "--threads: two is no whole number above 0"),
+        (throughput, "--device cuda", "--device: torch finds no GPU"),
+        (scaling, "--device cuda", "--device: torch finds no GPU"),
+        (scaling, "--max-elements nan", "--max-elements: nan is no number from 10,000 on"),
+        (scaling, "--max-elements inf", "--max-elements: inf is no number from 10,000 on"),
+        (scaling, "--max-elements many", "--max-elements: invalid elements value: 'many'"),
+        (digits, "--epochs 0", "--epochs: 0 is no whole number above 0"),
+        (digits, "--seeds -1", "--seeds: -1 is no whole number above 0"),
+        (kernel_report, "--arch 91x", "--arch: invalid choice: '91x' (choose from"),
+        (host_cost, "--calls 0", "--calls: 0 is no whole number above 0"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(
+    report: Any,
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        report.main([*arguments.split(), "--out", str(tmp_path / "rows.csv")])
+    assert f"error: argument {message}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_block_size_holds_during_the_step_only() -> None:

@@ -51,6 +51,19 @@ def test_a_short_run_writes_and_draws_every_row(tmp_path: Path) -> None:
         assert text in done.stdout
 
 
+def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(tensors: int, *_: int) -> list[dict[str, Any]]:
+        if tensors != host_cost.TENSORS[0]:
+            raise KeyboardInterrupt
+        return [dict.fromkeys(COLUMNS, tensors)]
+
+    monkeypatch.setattr(host_cost, "measure", measure)
+    out = tmp_path / "cost.csv"
+    with pytest.raises(KeyboardInterrupt):
+        host_cost.main(["--out", str(out)])
+    assert pd.read_csv(out)["tensors"].tolist() == [host_cost.TENSORS[0]]
+
+
 def test_the_floor_reads_every_address() -> None:
     optimizer = host_cost.build(host_cost.AddressesOnly, 3, 2, fused=True)
     optimizer.step()

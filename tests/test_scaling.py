@@ -77,6 +77,26 @@ def test_writes_and_draws_every_case(
     assert all(expected in printed for expected in (*starts, str(out), *map(str, pictures)))
 
 
+def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[scaling.Case] = []
+
+    def time_case(case: scaling.Case, *args: Any) -> pd.DataFrame:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return original(case, *args)
+
+    original = scaling.time_case
+    monkeypatch.setattr(scaling, "time_case", time_case)
+    monkeypatch.setattr(scaling, "ROUNDS", Rounds(1, 2))
+    monkeypatch.setattr(scaling, "THREADS", 1)
+    out = tmp_path / "rows.csv"
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main(["--max-elements", "1e4", "--out", str(out)])
+    kept = pd.read_csv(out)[["parameters", "tensors", "unit_length"]]
+    assert set(kept.itertuples(index=False, name=None)) == set(measured)
+
+
 def test_rounds_of_all_passes_count() -> None:
     found = ["rounds", "median_ms", "p20_ms", "p80_ms"]
     common = {"implementation": "x", "role": "ours", "bytes_moved": 28}

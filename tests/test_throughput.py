@@ -24,7 +24,7 @@ from agc_triton import AdamW_AGC, unitwise_norm
 from benchmarks import counters, memory, readme_table, rotation, shapes, throughput
 from benchmarks.counters import count_launches, launched
 from benchmarks.providers import OPTIMIZERS, copy_provider, minimal_bytes, providers
-from benchmarks.runner import COLUMNS, Rounds, measure
+from benchmarks.runner import COLUMNS, Rounds, measure, write
 from benchmarks.timing import Step
 from benchmarks.version import version_in
 from tests.helpers import SHAPES, write_shapes
@@ -343,7 +343,7 @@ def test_a_failed_write_leaves_the_file_whole(
 ) -> None:
     out = tmp_path / "rows.csv"
     before = pd.DataFrame({"a": [1]})
-    throughput.write(before, out)
+    write(before, out)
 
     def half_written(_: pd.DataFrame, path: Path, **_options: Any) -> None:
         Path(path).write_text("a\n")
@@ -351,7 +351,7 @@ def test_a_failed_write_leaves_the_file_whole(
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", half_written)
     with pytest.raises(OSError, match="No space"):
-        throughput.write(before, out)
+        write(before, out)
     pd.testing.assert_frame_equal(pd.read_csv(out), before)
 
 

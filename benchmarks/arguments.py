@@ -1,0 +1,40 @@
+"""What the command lines of the benchmarks check before anything is measured."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, ArgumentTypeError
+from pathlib import Path
+
+import torch
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def device(text: str) -> str:
+    """A device that is there."""
+    if text == "cuda" and not torch.cuda.is_available():
+        raise ArgumentTypeError("torch finds no GPU")
+    return text
+
+
+def check_file(parser: ArgumentParser, out: Path) -> None:
+    """Make the folder of a file that will be written; a message where that cannot be."""
+    if out.is_dir():
+        parser.error(f"argument --out: {out} is a folder")
+    check_folder(parser, out.parent)
+
+
+def check_folder(parser: ArgumentParser, out: Path) -> None:
+    """Make a folder that will be written to; a message where that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    if not os.access(out, os.W_OK):
+        parser.error(f"argument --out: {out} cannot be written to")
