@@ -1,10 +1,10 @@
-"""How step time grows with elements, number of tensors and unit length.
+"""How step time grows with elements, tensors, unit length and parameter groups.
 
     python -m benchmarks.scaling [--device cpu] [--max-elements 1e8] [--plot] [--out ...]
 
-Each case changes one of the three and leaves the others as they are. All take turns in several
-passes, whose rounds are pooled. Overhead is time per element over that of the largest case; growth
-is what each element, or each tensor more, costs over the least that it costs in a smaller case.
+Each case changes one of them and leaves the others as they are. All take turns in several passes,
+whose rounds are pooled. Overhead is time per element over that of the largest case; growth is what
+each element, or each tensor or group more, costs over the least that it costs in a smaller case.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ import gc
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import growth, plots
 from benchmarks.arguments import check_file, device
 from benchmarks.memory import bytes_needed, why_not
-from benchmarks.providers import OPTIMIZERS, Provider, copy_provider, providers
+from benchmarks.providers import LR, OPTIMIZERS, Provider, copy_provider, providers
 from benchmarks.runner import COLUMNS, Rounds, device_name, summarize, time_steps, write
 from benchmarks.shapes import on_device, workload_of
+from benchmarks.timing import Step
 
 THREADS = 2
 DTYPE = torch.float32
 PASSES = 5
 ROUNDS = Rounds(warmup=3, timed=4)  # in each pass
 ROLES = ("ours", "unclipped")
-# What the other two are while one changes.
+# What the others are while one changes; groups are made of small tensors.
 ELEMENTS, TENSORS, UNIT_LENGTH = 10**7, 10, 10**3
+GROUPED_ELEMENTS, GROUPED_TENSORS, GROUPED_LENGTH = 60_000, 600, 10
 # Along these the elements are as many, and cost as much: what counts is the cost of each more.
-MORE = ("tensors",)
+MORE = ("tensors", "groups")
 # Columns beside those of all benchmarks.
-KEYS = ["axis", "unit_length"]
+KEYS = ["axis", "unit_length", "groups"]
 RATIOS = [
     *("ns_per_element", "us_for_each_more"),
     *("ratio_to_largest", "ratio_to_cheapest_smaller"),
@@ -47,11 +50,12 @@ RATIOS = [
 
 
 class Case(NamedTuple):
-    """Equal matrices: elements of all, how many they are, and elements per unit."""
+    """Equal matrices: elements of all, how many they are, elements per unit, and groups."""
 
     elements: int
     tensors: int
     unit_length: int
+    groups: int = 1
 
 
 def axes(largest: int) -> dict[str, list[Case]]:
@@ -60,13 +64,15 @@ def axes(largest: int) -> dict[str, list[Case]]:
     sizes = [10**n for n in range(4, 12) if 10**n <= largest]
     # (n, 1) would be one unit, not n.
     lengths = (2, 10, 100, 10**3, 10**4, 10**5, 10**6)
+    grouped = Case(GROUPED_ELEMENTS, GROUPED_TENSORS, GROUPED_LENGTH)
     found = {
         "elements": [Case(size, TENSORS, UNIT_LENGTH) for size in sizes],
         "tensors": [Case(elements, n, UNIT_LENGTH) for n in (1, 10, 100, 1000, 10_000)],
         "unit_length": [Case(elements, TENSORS, n) for n in lengths],
+        "groups": [grouped._replace(groups=n) for n in (1, 10, 50, 100, 300)],
     }
     return {
-        axis: [case for case in cases if case.elements >= case.tensors * case.unit_length]
+        axis: [c for c in cases if c.tensors * c.unit_length <= c.elements <= largest]
         for axis, cases in found.items()
     }
 
@@ -79,17 +85,27 @@ def elements(text: str) -> float:
     return number
 
 
-def in_turns(cases: Iterable[Case]) -> list[Case]:
-    """Every case once per pass, in a new order each time, so that drift of the machine hits all."""
-    order, once = random.Random(0), list(dict.fromkeys(cases))
-    return [case for _ in range(PASSES) for case in order.sample(once, len(once))]
+def in_turns(cases: Sequence[Case]) -> list[Case]:
+    """All cases in every pass, in a new order each time, so that drift of the machine hits all."""
+    order = random.Random(0)
+    return [case for _ in range(PASSES) for case in order.sample(cases, len(cases))]
 
 
-def compared(optimizer: str, device: torch.device) -> list[Provider]:
+def compared(optimizer: str, device: torch.device, groups: int = 1) -> list[Provider]:
     """Ours, torch's update without clipping, and a copy, which bandwidth is held against."""
     quick = [p for p in providers(optimizer, device.type) if p.quick]
     ours, unclipped = (next(p for p in quick if p.role == role) for role in ROLES)
-    return [ours, unclipped, copy_provider(optimizer)]
+    return [in_groups(ours, groups), in_groups(unclipped, groups), copy_provider(optimizer)]
+
+
+def in_groups(provider: Provider, count: int) -> Provider:
+    """The provider with parameters dealt out to groups, which differ in their learning rate."""
+
+    def build(params: list[Tensor]) -> Step:
+        dealt: Any = [{"params": params[i::count], "lr": (1 + i) * LR} for i in range(count)]
+        return provider.build(dealt)
+
+    return provider._replace(build=build)
 
 
 def fits(case: Case, optimizer: str, device: torch.device) -> bool:
@@ -108,13 +124,14 @@ def time_case(case: Case, optimizer: str, device: torch.device) -> pd.DataFrame:
     gc.collect()  # a process' first steps leave cycles that hold parameters
     shape = (case.elements // case.tensors // case.unit_length, case.unit_length)
     workload = workload_of("equal matrices", [shape] * case.tensors, DTYPE)
-    return time_steps(optimizer, compared(optimizer, device), on_device(workload, device), ROUNDS)
+    beside = compared(optimizer, device, case.groups)
+    return time_steps(optimizer, beside, on_device(workload, device), ROUNDS)
 
 
 def tabulate(lines: dict[str, list[Case]], found: dict[Case, pd.DataFrame]) -> pd.DataFrame:
     """The rows of every axis, of the cases that were measured."""
     rows = [
-        found[case].assign(axis=axis, unit_length=case.unit_length)
+        found[case].assign(axis=axis, unit_length=case.unit_length, groups=case.groups)
         for axis, cases in lines.items()
         for case in cases
         if case in found
@@ -174,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file(parser, args.out)
     torch.set_num_threads(THREADS)
     on, lines = torch.device(args.device), axes(int(args.max_elements))
-    possible = [c for line in lines.values() for c in line if fits(c, args.optimizer, on)]
+    distinct = dict.fromkeys(case for line in lines.values() for case in line)
+    possible = [case for case in distinct if fits(case, args.optimizer, on)]
     steps: defaultdict[Case, pd.DataFrame] = defaultdict(pd.DataFrame)
     found = {}
     for case in tqdm(in_turns(possible), desc="scaling", unit="case", disable=None):
@@ -183,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found[case] = summarize(steps[case])
         table = tabulate(lines, found)
         write(table, args.out)
-    sizes = ["parameters", "tensors", "unit_length"]
+    sizes = ["parameters", "tensors", "unit_length", "groups"]
     shown = [
         "axis",
         "implementation",

@@ -11,17 +11,20 @@ import pytest
 import torch
 
 from benchmarks import memory, scaling
+from benchmarks.rotation import Rotation
 from benchmarks.runner import COLUMNS, Rounds, summarize
+from benchmarks.shapes import workload_of
 
 
 def test_cases_change_one_number_each_and_fit() -> None:
     lines = scaling.axes(10**8)
-    shared = scaling.Case(elements=10**7, tensors=10, unit_length=10**3)
+    shared = scaling.Case(elements=10**7, tensors=10, unit_length=10**3, groups=1)
     assert set(lines) == set(shared._fields)
     for axis, cases in lines.items():
-        assert shared in cases
+        common = cases[0] if axis == "groups" else shared
+        assert common in cases
         numbers = [getattr(case, axis) for case in cases]
-        assert cases == [shared._replace(**{axis: n}) for n in sorted(set(numbers))]
+        assert cases == [common._replace(**{axis: n}) for n in sorted(set(numbers))]
         assert all(case.elements % (case.tensors * case.unit_length) == 0 for case in cases)
     assert [case.elements for case in lines["elements"]] == [10**n for n in range(4, 9)]
 
@@ -29,10 +32,21 @@ def test_cases_change_one_number_each_and_fit() -> None:
 def test_every_case_has_a_turn_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "PASSES", 3)
     cases = scaling.axes(10**7)["unit_length"]
-    turns = scaling.in_turns([*cases, *cases])
+    turns = scaling.in_turns(cases)
     passes = [turns[i : i + len(cases)] for i in range(0, len(turns), len(cases))]
     assert [set(one) for one in passes] == [set(cases)] * 3
     assert len(set(map(tuple, passes))) == 3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_parameters_are_dealt_out_to_groups(count: int) -> None:
+    workload = workload_of("tiny", [(2, 2)] * 7)
+    sizes = {1: [7], 3: [2, 2, 3]}
+    rotation = Rotation(scaling.compared("adamw", torch.device("cpu"), count), workload, 1)
+    for (step,) in rotation.steps[:2]:
+        groups = step.__self__.param_groups  # type: ignore[attr-defined]  # an optimizer's method
+        assert sorted(len(group["params"]) for group in groups) == sizes[count]
+        assert len({group["lr"] for group in groups}) == count
 
 
 def test_writes_and_draws_every_case(
@@ -47,14 +61,14 @@ def test_writes_and_draws_every_case(
     original = scaling.time_case
     monkeypatch.setattr(scaling, "time_case", time_case)
     monkeypatch.setattr(scaling, "PASSES", 2)
-    monkeypatch.setattr(scaling, "ROUNDS", Rounds(1, 2))
+    monkeypatch.setattr(scaling, "ROUNDS", Rounds(1, 1))
     monkeypatch.setattr(scaling, "THREADS", 1)
     out = tmp_path / "new" / "rows.csv"
-    scaling.main(["--max-elements", "1e4", "--plot", "--out", str(out)])
+    scaling.main(["--max-elements", "1e5", "--plot", "--out", str(out)])
     table = pd.read_csv(out)
     assert list(table.columns) == [*scaling.KEYS, *COLUMNS, *scaling.RATIOS]
-    lines = scaling.axes(10**4)
-    rows = table[["axis", "role", "parameters", "tensors", "unit_length"]]
+    lines = scaling.axes(10**5)
+    rows = table[["axis", "role", "parameters", "tensors", "unit_length", "groups"]]
     assert list(rows.itertuples(index=False, name=None)) == [
         (axis, role, *case)
         for axis, cases in lines.items()
@@ -65,8 +79,10 @@ def test_writes_and_draws_every_case(
     assert (table["share_of_copy_bandwidth"] > 0).all()
 
     assert Counter(measured) == dict.fromkeys({c for cases in lines.values() for c in cases}, 2)
-    assert set(table["rounds"]) == {2 * 2}
-    shared = table[(table["tensors"] == 10) & (table["unit_length"] == 1000)]
+    assert set(table["rounds"]) == {2}
+    shared = table[
+        table[["parameters", "tensors", "unit_length"]].eq([10**5, 10, 1000]).all(axis=1)
+    ]
     assert len(shared) == 3 * len(scaling.ROLES)
     assert shared["median_ms"].nunique() == len(scaling.ROLES)
 
@@ -93,7 +109,7 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     out = tmp_path / "rows.csv"
     with pytest.raises(KeyboardInterrupt):
         scaling.main(["--max-elements", "1e4", "--out", str(out)])
-    kept = pd.read_csv(out)[["parameters", "tensors", "unit_length"]]
+    kept = pd.read_csv(out)[["parameters", "tensors", "unit_length", "groups"]]
     assert set(kept.itertuples(index=False, name=None)) == set(measured)
 
 
