@@ -59,6 +59,7 @@ LR = 1e-9  # so small that weights, and so the share of clipped units, stay what
 UNFUSED = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
 MODES = {**UNFUSED, "fused": {"fused": True}}
 LEAST_COPIED = 256 << 20
+AGC_OPTIMS = "agc_optims 0.0.2, corrected"
 MOMENTUM = {"lr": LR, "momentum": 0.9}
 
 OPTIMIZERS = {
@@ -123,13 +124,14 @@ def providers(
         name, build = f"timm AGC, torch.optim {mode}", partial(peer, clip, mode)
         compared.append(Provider(name, clip_version, "peer", mode == fastest, build))
     name, build = "agc_optims AGC, torch.optim for-loop", partial(peer, agc_optims_clip, "for-loop")
-    compared.append(Provider(name, "agc_optims 0.0.2, corrected", "peer", False, build))
+    compared.append(Provider(name, AGC_OPTIMS, "peer", False, build))
     for package, package_version, packaged in packaged_clips(compiled):
         name, build = f"{package}, torch.optim {fastest}", partial(peer, packaged, fastest)
         compared.append(Provider(name, package_version, "peer", False, build))
-    if compiled:
-        name, build = "timm AGC, torch.optim, torch.compile", partial(compiled_peer, clip)
-        compared.append(Provider(name, clip_version, "peer", False, build))
+    algorithms = {"timm": (clip, clip_version), "agc_optims": (agc_optims_clip, AGC_OPTIMS)}
+    for algorithm, (clip, clip_version) in algorithms.items() if compiled else ():
+        name, build = f"{algorithm} AGC, torch.optim, torch.compile", partial(compiled_peer, clip)
+        compared.append(Provider(name, clip_version, "peer", True, build))
 
     for mode in ["fused"] if "fused" in modes else modes:
         name, build = f"torch.optim {mode}, unclipped", partial(unclipped, mode)

@@ -90,6 +90,17 @@ def test_a_row_per_implementation_with_every_column(tmp_path: Path) -> None:
         pd.testing.assert_series_equal(rows["share_of_copy_bandwidth"], share, check_names=False)
 
 
+def test_a_short_run_compiles_both_algorithms_where_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda step: step)
+    found = run(tmp_path / "rows.csv", "--compile", "--optimizers", "sgd")["implementation"]
+    compiled = [f"{name} AGC, torch.optim, torch.compile" for name in ("timm", "agc_optims")]
+    assert found[found.str.contains("torch.compile")].tolist() == compiled
+    plain = run(tmp_path / "rows.csv", "--optimizers", "sgd")["implementation"]
+    assert plain.tolist() == [name for name in found if name not in compiled]
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_bytes_count_the_states_that_torch_keeps(optimizer: str) -> None:
     param = Parameter(torch.ones(5, 3))
