@@ -1,6 +1,6 @@
 """How step time grows with elements, tensors, unit length and parameter groups.
 
-    python -m benchmarks.scaling [--device cpu] [--max-elements 1e8] [--plot] [--out ...]
+    python -m benchmarks.scaling [--device cpu] [--max-elements 1e9] [--plot] [--out ...]
 
 Each case changes one of them and leaves the others as they are. All take turns in several passes,
 whose rounds are pooled. Overhead is time per element over that of the largest case; growth is what
@@ -46,6 +46,10 @@ KEYS = ["axis", "unit_length", "groups"]
 RATIOS = [
     *("ns_per_element", "us_for_each_more"),
     *("ratio_to_largest", "ratio_to_cheapest_smaller"),
+]
+SHOWN = [
+    *("axis", "implementation", "parameters", "tensors", "unit_length", "groups"),
+    *("median_ms", "gb_per_s", "share_of_copy_bandwidth", *RATIOS),
 ]
 
 
@@ -184,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", type=device, choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--max-elements", type=elements, default=1e8, help="default: %(default)g")
+    parser.add_argument("--max-elements", type=elements, default=1e9, help="default: %(default)g")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/scaling.csv"))
     args = parser.parse_args(argv)
@@ -193,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     on, lines = torch.device(args.device), axes(int(args.max_elements))
     distinct = dict.fromkeys(case for line in lines.values() for case in line)
     possible = [case for case in distinct if fits(case, args.optimizer, on)]
+    if not possible:
+        parser.error("memory has no room for any case")
     steps: defaultdict[Case, pd.DataFrame] = defaultdict(pd.DataFrame)
     found = {}
     for case in tqdm(in_turns(possible), desc="scaling", unit="case", disable=None):
@@ -201,17 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found[case] = summarize(steps[case])
         table = tabulate(lines, found)
         write(table, args.out)
-    sizes = ["parameters", "tensors", "unit_length", "groups"]
-    shown = [
-        "axis",
-        "implementation",
-        *sizes,
-        "median_ms",
-        "gb_per_s",
-        "share_of_copy_bandwidth",
-        *RATIOS,
-    ]
-    print(table[shown].to_string(index=False, float_format="{:.3f}".format))
+    print(table[SHOWN].to_string(index=False, float_format="{:.3f}".format))
     for _, line in table.groupby(["axis", "role"], sort=False):
         print(verdict(line))
     print(f"on {device_name(on)}; every row is in {args.out}")

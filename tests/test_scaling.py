@@ -132,8 +132,18 @@ def test_cases_that_memory_has_no_room_for_are_left_out(
     assert scaling.fits(case._replace(elements=10**8), "adamw", torch.device("cpu"))
 
 
-def test_more_elements_than_by_default_are_measured_on_request() -> None:
-    assert scaling.axes(10**9)["elements"][-1].elements == 10**9
+def test_every_case_up_to_a_billion_elements_is_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(scaling, "THREADS", 1)
+    with pytest.raises(SystemExit):
+        scaling.main(["--out", str(tmp_path / "rows.csv")])
+    printed = capsys.readouterr()
+    assert printed.out.count("1,000,000,000 elements in 10 tensors: left out") == 1
+    # Seven unit lengths, one of which is on the other axes too.
+    assert printed.out.count("10,000,000 elements in 10 tensors: left out") == 7
+    assert "memory has no room for any case" in printed.err
 
 
 def line_of(axis: str, counts: list[int], ms: list[float]) -> pd.DataFrame:
