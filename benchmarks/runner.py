@@ -24,7 +24,8 @@ from benchmarks.shapes import Workload, share_of_units_clipped
 from benchmarks.timing import Times, timer
 
 COLUMNS = [
-    *("model", "parameters", "tensors", "units", "optimizer", "implementation", "version", "role"),
+    *("model", "parameters", "tensors", "units", "optimizer", "options"),
+    *("implementation", "version", "role"),
     *("device", "threads", "dtype", "rounds", "sets", "median_ms", "p20_ms", "p80_ms", "host_ms"),
     *("bytes_moved", "gb_per_s", "share_of_copy_bandwidth"),
     *("ratio_to_unclipped", "ratio_to_best_peer", "launches"),
@@ -136,13 +137,14 @@ def _time_in_turns(
 
 
 def _common_columns(optimizer: str, workload: Workload) -> dict[str, Any]:
-    params = workload.params
+    params, options = workload.params, OPTIMIZERS[optimizer].options
     return {
         "model": workload.model,
         "parameters": sum(p.numel() for p in params),
         "tensors": len(params),
         "units": sum(unitwise_norm(p).numel() for p in params),
         "optimizer": optimizer,
+        "options": ", ".join(f"{name}={value}" for name, value in options.items()),
         "device": device_name(params[0].device),
         "threads": torch.get_num_threads(),
         "dtype": str(params[0].dtype).removeprefix("torch."),

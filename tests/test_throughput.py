@@ -81,6 +81,9 @@ def test_a_row_per_implementation_with_every_column(tmp_path: Path) -> None:
     assert set(table["parameters"]) == {ELEMENTS}
     assert set(table["units"]) == {sum(unitwise_norm(torch.ones(s)).numel() for s in SHAPES)}
     assert set(table["threads"]) == {1}
+    options = dict(zip(table["optimizer"], table["options"], strict=True))
+    momentum = dict.fromkeys(("sgd", "rmsprop"), "lr=1e-09, momentum=0.9")
+    assert options == dict.fromkeys(OPTIMIZERS, "lr=1e-09") | momentum
     assert table["launches"].isna().all()
     assert (table["host_ms"] == table["median_ms"]).all()
     for _, rows in table.groupby(["optimizer", "dtype"]):
