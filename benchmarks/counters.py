@@ -67,11 +67,27 @@ def peak_extra_bytes(step: Step, device: torch.device = CPU) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
+    return max(_bytes_held(step))
+
+
+def left_bytes(step: Step, device: torch.device = CPU) -> int:
+    """Bytes of what torch allocated during a call and has not freed; on a CPU, in this thread.
+
+    On a GPU they are counted as torch's allocator rounds them up.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.memory_allocated(device) - before
+    return _bytes_held(step)[-1]
+
+
+def _bytes_held(step: Step) -> list[int]:
+    """After each allocation and each freeing on a CPU, of what a call has allocated."""
     os.environ["KINETO_LOG_LEVEL"] = "99"  # it reports its start and stop on stderr
     # torch.profiler would do as well, but spends seconds on importing torch._inductor.
     with profile(profile_memory=True) as profiled:
         step()
     events = [e for e in profiled.kineto_results.events() if e.name() == "[memory]"]
     changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    peak: int = max(accumulate(changes, initial=0))
-    return peak
+    return list(accumulate(changes, initial=0))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from agc_triton import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
 from benchmarks.timing import Step
@@ -171,6 +172,17 @@ def minimal_bytes(optimizer: str, params: Iterable[Tensor]) -> int:
     """Bytes of a step that reads p, g and states once and writes p and states once."""
     size = sum(p.numel() * p.element_size() for p in params)
     return size * (3 + 2 * OPTIMIZERS[optimizer].states)
+
+
+def state_bytes(optimizer: str, params: Sequence[Tensor]) -> int:
+    """Bytes that torch's class keeps in its state."""
+    one: list[Tensor] = [Parameter(torch.zeros(1))]
+    one[0].grad = torch.zeros(1)
+    torch_class, _, options, states, *_ = OPTIMIZERS[optimizer]
+    base = torch_class(one, **options)
+    base.step()
+    counts = sum(state.nbytes for state in base.state[one[0]].values() if not state.dim())
+    return sum(states * p.nbytes + counts for p in params)
 
 
 def timm_adaptive_clip_grad() -> tuple[Clip, str]:

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from agc_triton import unitwise_norm
-from benchmarks.counters import count_launches, peak_extra_bytes
-from benchmarks.providers import OPTIMIZERS, Provider, minimal_bytes
+from benchmarks.counters import count_launches, left_bytes, peak_extra_bytes
+from benchmarks.providers import OPTIMIZERS, Provider, minimal_bytes, state_bytes
 from benchmarks.rotation import Rotation, cache_bytes, sets_needed
 from benchmarks.shapes import Workload, share_of_units_clipped
 from benchmarks.timing import Times, timer
@@ -29,7 +29,7 @@ COLUMNS = [
     *("device", "threads", "dtype", "rounds", "sets", "median_ms", "p20_ms", "p80_ms", "host_ms"),
     *("bytes_moved", "gb_per_s", "share_of_copy_bandwidth"),
     *("ratio_to_unclipped", "ratio_to_best_peer", "launches"),
-    *("peak_extra_bytes", "peak_extra_share", "share_of_units_clipped"),
+    *("peak_extra_bytes", "peak_extra_share", "kept_extra_bytes", "share_of_units_clipped"),
     *("torch", "triton", "timestamp"),
 ]
 
@@ -67,6 +67,7 @@ def time_steps(
     sets = sets_needed(set_bytes(optimizer, size), cache_bytes(device))
     settle_allocator()
     rotation = Rotation(providers, workload, sets)
+    kept = [_kept_extra_bytes(rotation, i, optimizer) for i in range(len(providers))]
     times = _time_in_turns(rotation, device, rounds, optimizer)
     common = _common_columns(optimizer, workload)
     rows: list[dict[str, Any]] = []
@@ -84,6 +85,7 @@ def time_steps(
             "launches": count_launches(step, params, device),
             "peak_extra_bytes": peak,
             "peak_extra_share": peak / size,
+            "kept_extra_bytes": None if provider.role == "copy" else kept[i],
         }
         rows += [{**of_provider, **one._asdict()} for one in of_step]
     return pd.DataFrame(rows)
@@ -134,6 +136,14 @@ def _time_in_turns(
     for i, at in tqdm(turns, desc=title, unit="step", disable=None, leave=False):
         times[i].append(time_one(*rotation.turn(i, at)))
     return [of_step[warm_ups:] for of_step in times]
+
+
+def _kept_extra_bytes(rotation: Rotation, provider: int, optimizer: str) -> int:
+    """What a provider's first step leaves allocated beside what torch's class has as state."""
+    params = rotation.params[provider][0]
+    left = left_bytes(rotation.steps[provider][0], params[0].device)
+    rotation.restore(0)
+    return left - state_bytes(optimizer, params)
 
 
 def _common_columns(optimizer: str, workload: Workload) -> dict[str, Any]:
@@ -201,5 +211,5 @@ def _with_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     rows["share_of_copy_bandwidth"] = best.get("copy", nan) / rows["median_ms"]
     rows["ratio_to_unclipped"] = rows["median_ms"] / best.get("unclipped", nan)
     rows["ratio_to_best_peer"] = best.get("peer", nan) / rows["median_ms"]
-    rows["launches"] = rows["launches"].astype("Int64")
+    rows = rows.astype({"launches": "Int64", "kept_extra_bytes": "Int64"})
     return rows[COLUMNS]

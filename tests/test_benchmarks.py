@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agc_triton import blocks
 from benchmarks import digits, host_cost, kernel_report, scaling, shapes, throughput, torch_path
-from benchmarks.counters import peak_extra_bytes
+from benchmarks.counters import left_bytes, peak_extra_bytes
 from benchmarks.providers import (
     OPTIMIZERS,
     Provider,
@@ -272,6 +272,17 @@ def test_peak_extra_bytes_of_known_allocations() -> None:
     for _ in range(2):
         assert peak_extra_bytes(step) == 6 << 20
     assert peak_extra_bytes(lambda: kept.add_(kept)) == 0
+
+
+def test_left_bytes_of_known_allocations() -> None:
+    kept: list[Tensor] = []
+
+    def step() -> None:
+        kept.append(torch.ones(1 << 18) + torch.ones(1 << 18))
+
+    for _ in range(2):
+        assert left_bytes(step) == 1 << 20
+    assert left_bytes(lambda: torch.ones(1 << 18)) == 0
 
 
 def test_peak_extra_bytes_leaves_out_what_was_there_before() -> None:
