@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.profiler import record_function
 from torch.nn import Parameter
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import agc_triton
 from agc_triton import AdamW_AGC, unitwise_norm
-from benchmarks import counters, memory, readme_table, rotation, shapes, throughput
+from benchmarks import counters, memory, plots, readme_table, rotation, shapes, throughput
 from benchmarks.counters import count_launches, launched
 from benchmarks.providers import OPTIMIZERS, copy_provider, minimal_bytes, providers
 from benchmarks.runner import COLUMNS, Rounds, measure, write
@@ -394,6 +395,14 @@ def test_plot_draws_one_picture_per_dtype(
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert str(path) in printed
+
+
+def test_only_the_fastest_unclipped_step_is_a_line() -> None:
+    names = {"ours": "ours", "slow": "unclipped", "fast": "unclipped", "copy": "copy"}
+    rows = pd.DataFrame({"implementation": names.keys(), "role": names.values()})
+    ax = Figure().subplots()
+    plots.draw_bars(ax, rows.assign(median_ms=[4, 3, 2, 1], p20_ms=1, p80_ms=5), "rmsprop")
+    assert ax.get_legend_handles_labels()[1] == ["fast: 2", "copy: 1"]
 
 
 def test_readme_has_the_committed_figures() -> None:
