@@ -6,7 +6,8 @@ Both run on CPU tensors with their launches replaced by functions that do nothin
 ``steady`` steps find everything as it was; before a ``changing`` step the learning rate has moved
 and every gradient is a new tensor, as in training with zero_grad(set_to_none=True). With ``cold``
 caches the two take turns call by call and each meets what the other left; with ``warm`` ones each
-makes a block of calls in a row, as microbenchmarks do. Training lies between the two.
+makes a block of calls in a row, as microbenchmarks do. Training lies between the two. Kinds and
+caches take turns as well.
 
 A third does nothing but read where gradients, parameters and states lie, which a step that may not
 write to memory it no longer owns has to do: how much cheaper than torch any plan can be.
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -44,9 +47,9 @@ from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version, wr
 
 OURS, THEIRS, FLOOR = "AdamW_AGC triton", "torch AdamW fused", "reading addresses only"
 KINDS = ("steady", "changing")
+TURN = 20  # calls of each implementation
 # Consecutive calls of one implementation, by what they do to the caches.
-BLOCKS = {"warm": 20, "cold": 1}
-WARM_UP = 3
+BLOCKS = {"warm": TURN, "cold": 1}
 
 TENSORS = (30, 100, 233, 600, 1457, 3000)
 GROUPS = (1, 10, 50, 100, 300)
@@ -98,10 +101,10 @@ def build(make: Callable[..., Optimizer], tensors: int, groups: int, **options: 
     return make(dealt, **options)
 
 
-def change(optimizer: Optimizer, i: int) -> None:
+def change(optimizer: Optimizer) -> None:
     """What differs from one step of training to the next."""
     for group in optimizer.param_groups:
-        group["lr"] = 1e-3 / (1 + i)
+        group["lr"] *= 0.999
         for p in group["params"]:
             p.grad = torch.empty_like(p)
 
@@ -113,39 +116,51 @@ def measure(tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
         THEIRS: build(AdamW, tensors, groups, fused=True),
         FLOOR: build(AddressesOnly, tensors, groups, fused=True),
     }
+    times = time_in_turns(optimizers, calls)
+    found = {key: quantiles(pd.Series(values), "us") for key, values in times.items()}
     rows = []
-    for kind, caches in product(KINDS, BLOCKS):
-        times = time_in_turns(optimizers, kind, BLOCKS[caches], calls)
-        medians = {name: quantiles(pd.Series(values), "us") for name, values in times.items()}
-        for name, found in medians.items():
-            median = found["median_us"]
-            rows.append(
-                {
-                    **{"implementation": name, "tensors": tensors, "groups": groups},
-                    **{"kind": kind, "caches": caches, **found},
-                    "us_per_tensor": median / tensors,
-                    "times_cheaper_than_torch": medians[THEIRS]["median_us"] / median,
-                    **{"device": cpu_name(), "calls": calls, "torch": torch.__version__},
-                    **{"triton": triton_version(), "timestamp": timestamp()},
-                }
-            )
+    for kind, caches, name in product(KINDS, BLOCKS, optimizers):
+        of_one, of_torch = found[name, kind, caches], found[THEIRS, kind, caches]
+        rows.append(
+            {
+                **{"implementation": name, "tensors": tensors, "groups": groups},
+                **{"kind": kind, "caches": caches, **of_one},
+                "us_per_tensor": of_one["median_us"] / tensors,
+                "times_cheaper_than_torch": of_torch["median_us"] / of_one["median_us"],
+                **{"device": cpu_name(), "calls": calls, "torch": torch.__version__},
+                **{"triton": triton_version(), "timestamp": timestamp()},
+            }
+        )
     return rows
 
 
 def time_in_turns(
-    optimizers: dict[str, Optimizer], kind: str, block: int, calls: int
-) -> dict[str, list[float]]:
-    """Microseconds of at least so many calls of each, in blocks that take turns."""
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
-    while min(map(len, times.values())) < calls + WARM_UP:
-        for name, optimizer in optimizers.items():
-            for _ in range(block):
-                if kind == "changing":
-                    change(optimizer, len(times[name]))
-                start = time.perf_counter()
-                optimizer.step()
-                times[name].append(1e6 * (time.perf_counter() - start))
-    return {name: values[WARM_UP:] for name, values in times.items()}
+    optimizers: dict[str, Optimizer], calls: int
+) -> dict[tuple[str, str, str], list[float]]:
+    """Microseconds of at least so many calls of each, by name, kind and caches.
+
+    Everything takes turns, in a new order each time, so that drift of the machine hits all alike.
+    """
+    order, settings = random.Random(0), list(product(KINDS, BLOCKS))
+    times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for _ in range(1 + -(-calls // TURN)):
+        for kind, caches in order.sample(settings, len(settings)):
+            for _ in range(TURN // BLOCKS[caches]):
+                for name, optimizer in optimizers.items():
+                    times[name, kind, caches] += time_block(optimizer, kind, BLOCKS[caches])
+    return {key: values[TURN:] for key, values in times.items()}  # the first turn warms up
+
+
+def time_block(optimizer: Optimizer, kind: str, calls: int) -> list[float]:
+    """Microseconds of calls in a row."""
+    times = []
+    for _ in range(calls):
+        if kind == "changing":
+            change(optimizer)
+        start = time.perf_counter()
+        optimizer.step()
+        times.append(1e6 * (time.perf_counter() - start))
+    return times
 
 
 def verdicts(table: pd.DataFrame) -> list[str]:

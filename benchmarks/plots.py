@@ -180,7 +180,8 @@ def host_cost(table: pd.DataFrame, csv: Path) -> Path:
         row[0].set_ylabel("µs per step")
     for ax, x in zip(axes[-1], panels, strict=True):
         ax.set_xlabel(x)
-    axes[0, 0].legend(fontsize=8)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.suptitle(
         f"Host time of a step, nothing launched, on {table['device'].iloc[0]}:"
         " median, 20th to 80th percentile",

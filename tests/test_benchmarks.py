@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agc_triton import blocks
 from benchmarks import digits, host_cost, kernel_report, scaling, shapes, throughput, torch_path
-from benchmarks.counters import left_bytes, peak_extra_bytes
 from benchmarks.providers import (
     OPTIMIZERS,
     Provider,
@@ -255,49 +254,6 @@ def test_a_package_that_fails_on_import_is_named_and_left_out(
     monkeypatch.setattr("importlib.import_module", fail)
     with pytest.warns(UserWarning, match=r"timm.utils.agc is installed but left out: operator"):
         assert timm_adaptive_clip_grad()[0] is adaptive_clip_grad
-
-
-def test_peak_extra_bytes_of_known_allocations() -> None:
-    kept = torch.zeros(1 << 20)
-
-    def step() -> None:
-        first = torch.ones(3 << 18)  # 3 MiB
-        second = torch.ones(1 << 18, dtype=torch.float64)  # and 2 MiB beside it
-        del first
-        third = torch.ones(1 << 20)  # and 4 MiB after 3 were freed: 6 MiB, the most
-        del second
-        kept.add_(third)
-        torch.ones(1 << 18)  # 5 MiB
-
-    for _ in range(2):
-        assert peak_extra_bytes(step) == 6 << 20
-    assert peak_extra_bytes(lambda: kept.add_(kept)) == 0
-
-
-def test_left_bytes_of_known_allocations() -> None:
-    kept: list[Tensor] = []
-
-    def step() -> None:
-        kept.append(torch.ones(1 << 18) + torch.ones(1 << 18))
-
-    for _ in range(2):
-        assert left_bytes(step) == 1 << 20
-    assert left_bytes(lambda: torch.ones(1 << 18)) == 0
-
-
-def test_peak_extra_bytes_leaves_out_what_was_there_before() -> None:
-    held = [torch.ones(1 << 20)]
-
-    def step() -> None:
-        held.clear()
-        torch.ones(1 << 18)
-
-    assert peak_extra_bytes(step) == 1 << 20
-
-
-def test_peak_extra_bytes_sees_what_operations_allocate_inside() -> None:
-    x = torch.rand(1 << 20)
-    assert peak_extra_bytes(lambda: x.copy_(x * 2 + x)) == 8 << 20
 
 
 @pytest.fixture

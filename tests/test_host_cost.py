@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import host_cost, plots
-from benchmarks.host_cost import BLOCKS, COLUMNS, FLOOR, KINDS, OURS, THEIRS, WARM_UP
+from benchmarks.host_cost import BLOCKS, COLUMNS, FLOOR, KINDS, OURS, THEIRS, TURN
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,27 +89,29 @@ class Recorder:
         self.log.append((self.name, group["lr"], group["params"][0].grad))
 
 
-@pytest.mark.parametrize("block", BLOCKS.values())
-@pytest.mark.parametrize("calls", [1, 30])
-def test_implementations_take_turns_in_blocks(block: int, calls: int) -> None:
+@pytest.mark.parametrize(("calls", "rounds"), [(1, 2), (TURN, 2), (5 * TURN + 1, 7)])
+def test_implementations_kinds_and_caches_take_turns(calls: int, rounds: int) -> None:
     log: list[tuple[str, float, Tensor | None]] = []
     optimizers: dict[str, Any] = {name: Recorder(name, log) for name in "ab"}
-    times = host_cost.time_in_turns(optimizers, "steady", block, calls)
+    times = host_cost.time_in_turns(optimizers, calls)
     names = "".join(name for name, _, _ in log)
-    rounds = -(-(calls + WARM_UP) // block)
-    assert names == rounds * ("a" * block + "b" * block)
-    assert {name: len(values) for name, values in times.items()} == dict.fromkeys(
-        "ab", rounds * block - WARM_UP
-    )
-    assert len({lr for _, lr, _ in log}) == 1
-    assert len({id(grad) for _, _, grad in log}) == 2
+    turns = [names[i : i + 2 * TURN] for i in range(0, len(names), 2 * TURN)]
+    by_round = [tuple(turns[i : i + 4]) for i in range(0, len(turns), 4)]
+    assert len(by_round) == rounds
+    warm, cold = "a" * TURN + "b" * TURN, "ab" * TURN
+    assert all(sorted(one) == [warm, warm, cold, cold] for one in by_round)
+    assert rounds == 2 or len(set(by_round)) > 1
+    found = {key: len(values) for key, values in times.items()}
+    assert found == dict.fromkeys(product("ab", KINDS, BLOCKS), (rounds - 1) * TURN)
 
 
-def test_before_a_changing_step_everything_moves() -> None:
+def test_everything_moves_before_a_changing_step_and_nothing_before_a_steady_one() -> None:
     log: list[tuple[str, float, Tensor | None]] = []
-    optimizers: dict[str, Any] = {"a": Recorder("a", log)}
-    host_cost.time_in_turns(optimizers, "changing", 1, 4)
-    assert len({lr for _, lr, _ in log}) == len({id(grad) for _, _, grad in log}) == len(log)
+    optimizer: Any = Recorder("a", log)
+    for kind, expected in (("steady", 1), ("changing", 5)):
+        log.clear()
+        assert len(host_cost.time_block(optimizer, kind, 5)) == len(log) == 5
+        assert len({lr for _, lr, _ in log}) == len({id(grad) for *_, grad in log}) == expected
 
 
 def test_tensors_are_dealt_out_to_groups() -> None:
