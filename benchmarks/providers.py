@@ -146,8 +146,11 @@ def copy_provider(optimizer: str) -> Provider:
     def build(params: list[Tensor]) -> Step:
         half = minimal_bytes(optimizer, params) // 2
         words = -(-copied_at_once(2 * half) // 16)
-        # Words, because torch copies single bytes more slowly; the last few are what is left.
-        to, source = torch.ones(2, words, dtype=torch.int64, device=params[0].device)
+        # Words, because torch copies single bytes more slowly; the last few are what is left. One
+        # tensor of both would put them at addresses that hinder each other in a CPU's caches.
+        to, source = (
+            torch.ones(words, dtype=torch.int64, device=params[0].device) for _ in range(2)
+        )
         whole, rest = divmod(half, 8 * words)
         pieces = [(to, source)] * whole + [(to[: rest // 8], source[: rest // 8])]
         last = slice(rest // 8 * 8, rest)
