@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -84,11 +84,17 @@ class BlockPlans:
         self._plans: dict[tuple[int, ...], BlockPlan] = {}
 
     def get(
-        self, at: tuple[int, ...], lists: TensorLists, group: Mapping[str, Any], clip: Clip
+        self,
+        at: tuple[int, ...],
+        lists: TensorLists,
+        group: Mapping[str, Any],
+        clip: Clip,
+        check: Callable[[list[Tensor], Mapping[str, Any]], None],
     ) -> BlockPlan:
-        """The plan at ``at``, made anew where it does not fit."""
+        """The plan at ``at``, made anew where it does not fit and ``check`` does not raise."""
         plan = self._plans.get(at)
         if plan is None or not plan.fits(lists, group, clip):
+            check(lists.params, group)
             # The old one first, as it may be all that holds on to its tensors.
             self._plans.pop(at, None)
             plan = self._plans[at] = BlockPlan(lists, group, clip)

@@ -17,7 +17,7 @@ from agc_triton.block_plan import BlockPlan, Run
 from agc_triton.blocks import Block, blocks, largest_room
 from agc_triton.nonfinite import Kept, update_others
 from agc_triton.norms import clip_factors, unit_norms
-from agc_triton.rule import Clip, Rule, TensorLists, Update
+from agc_triton.rule import Batches, Clip, Rule, TensorLists, Update
 from agc_triton.scratch import Scratch
 from agc_triton.units import norm_dims
 from agc_triton.versions import count_writes
@@ -46,6 +46,24 @@ def step(
         _step_blocks(update, run, lists, clip, grad_scale)
     if plan.whole:
         _step_whole(rule.update, lists.select(plan.whole), group, clip, grad_scale)
+
+
+def step_unclipped(
+    rule: Rule,
+    batches: Batches,
+    group: Mapping[str, Any],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Update one parameter group as torch.optim does."""
+    for lists, options in batches:
+        scaler: dict[str, Tensor | None] = {}
+        if grad_scale is None or group.get("fused"):
+            scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
+        else:
+            grads = [g / grad_scale.to(g.device) for g in lists.grads]
+            lists = lists._replace(grads=grads)
+        rule.update(lists, options, **scaler)
 
 
 def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:

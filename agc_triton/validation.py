@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,6 +126,31 @@ def check_states(
             _check_alike(param, state, f"{key}'s", remedy, group, index, i)
 
 
+def check_shapes(
+    params: Sequence[Tensor],
+    keys: Sequence[str],
+    states: Mapping[Tensor, Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Check that the states of some parameters of these groups have the parameters' shapes.
+
+    What updates a part of both takes them for the same part.
+
+    Raises:
+        RuntimeError: one has another shape.
+    """
+    for param in params:
+        entry = states.get(param, {})
+        for key in keys:
+            state = entry.get(key)
+            if isinstance(state, Tensor) and state.shape != param.shape:
+                raise RuntimeError(
+                    f"{key}'s shape {tuple(state.shape)} differs from the parameter's for"
+                    f" {_name_in(groups, param)}; resize the state along with the parameter, or"
+                    " start it anew with del optimizer.state[parameter]"
+                )
+
+
 def _check_alike(
     param: Tensor,
     other: Tensor,
@@ -186,6 +211,15 @@ def tensor_name(group: Mapping[str, Any], group_index: int, i: int) -> str:
     names = group.get("param_names")
     name = f" ({names[i]!r})" if names else ""
     return f"parameter {i}{name} of group {group_index}, shape {tuple(group['params'][i].shape)}"
+
+
+def _name_in(groups: Sequence[Mapping[str, Any]], param: Tensor) -> str:
+    return next(
+        tensor_name(group, index, i)
+        for index, group in enumerate(groups)
+        for i, other in enumerate(group["params"])
+        if other is param
+    )
 
 
 def _is_flat(param: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch.multiprocessing import reductions
 from agc_triton import blocks
 from agc_triton.block_plan import BlockPlan
 from tests.cases import NAMES, STATEFUL, build, randn
+from tests.helpers import make_params, nothing_changes, set_grads, train
 from tests.triton_training import ADAMW, Training
 
 # Small ones share a block, the last two are cut: rows, and one unit.
@@ -72,6 +73,56 @@ def test_no_gradient_is_kept(layout: str) -> None:
         del grads, p, g
         optimizer.zero_grad()
         assert [ref() for ref in kept] == [None, None]
+
+
+def grown(param: Any) -> None:
+    param.data = torch.cat([param.detach(), param.detach()])
+
+
+def shrunk(param: Any) -> None:
+    param.data = param.detach()[:-1].clone()
+
+
+def reshaped(param: Any) -> None:
+    param.data = param.detach().view(-1, 2)
+
+
+@pytest.mark.parametrize("change", [grown, shrunk, reshaped])
+@pytest.mark.parametrize("mode", ["default", "foreach"])
+@pytest.mark.parametrize("name", NAMES)
+def test_states_of_another_shape_are_refused_before_anything_changes(
+    name: str, mode: str, change: Callable[[Any], None]
+) -> None:
+    def trained(make: Any) -> tuple[list[Any], Any]:
+        params = make_params([(4, 3), (6, 5)])
+        optimizer = make([{"params": [p]} for p in params])
+        train(optimizer, params, range(2))
+        change(params[1])
+        set_grads(params, 2)
+        return params, optimizer
+
+    _, theirs = trained(lambda groups: getattr(torch.optim, name)(groups, **STATEFUL[name]))
+    with pytest.raises(RuntimeError):
+        theirs.step()
+    params, ours = trained(lambda groups: build(name, groups, STATEFUL[name], mode))
+    with nothing_changes(params, ours), pytest.raises(RuntimeError, match="shape") as caught:
+        ours.step()
+    assert f"parameter 0 of group 1, shape {tuple(params[1].shape)}" in str(caught.value)
+    del ours.state[params[1]]
+    train(ours, params, range(2, 4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_replaced_by_one_of_another_shape_is_refused(name: str) -> None:
+    params = make_params([(4, 3), (6, 5)])
+    optimizer = build(name, [{"params": [p]} for p in params], STATEFUL[name])
+    train(optimizer, params, range(2))
+    set_grads(params, 2)
+    for key, value in optimizer.state[params[1]].items():
+        if key != "step":
+            optimizer.state[params[1]][key] = value.flatten()[:7].clone()
+    with nothing_changes(params, optimizer), pytest.raises(RuntimeError, match="shape"):
+        optimizer.step()
 
 
 def memory_of(tensors: Iterable[Tensor]) -> list[Any]:

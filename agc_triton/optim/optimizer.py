@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +27,7 @@ from agc_triton.validation import (
     check_group,
     check_loaded,
     check_options,
+    check_shapes,
     tensor_name,
 )
 
@@ -257,31 +259,28 @@ class AGCOptimizer(Optimizer):
             # A host sync on CUDA, as GradScaler itself has for optimizers it cannot fuse with.
             if rest and found_inf is not None and found_inf.item():
                 rest = []
-            created = self._created(rest)
+            ready = self._ready(rest, scale, found_inf)
         if self._plan is not None:
             self._plan.run(scale, found_inf, capturing)
-        self._step_torch(created, scale, found_inf)
+        for step in ready:
+            step()
 
-    def _step_torch(
-        self,
-        created: list[tuple[dict[str, Any], Batches]],
-        scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _ready(
+        self, groups: list[dict[str, Any]], scale: Tensor | None, found_inf: Tensor | None
+    ) -> list[Callable[[], None]]:
+        """What steps these groups on the torch path, all of it checked before any of it runs."""
         scale = None if scale is None else scale.reshape(())
-        for index, (group, batches) in enumerate(created):
+        ready: list[Callable[[], None]] = []
+        for index, (group, batches) in enumerate(self._created(groups)):
+            if not group["clipping"]:
+                args = self.rule, batches, group, scale, found_inf
+                ready.append(partial(reference.step_unclipped, *args))
+                continue
+            clip = Clip.of(group, self._skipping())
             for at, (lists, options) in enumerate(batches):
-                if group["clipping"]:
-                    clip = Clip.of(group, self._skipping())
-                    plan = self._block_plans.get((index, at), lists, options, clip)
-                    reference.step(self.rule, plan, lists, options, clip, scale)
-                    continue
-                if scale is None or group.get("fused"):
-                    scaler = {"grad_scale": scale, "found_inf": found_inf}
-                else:
-                    scaler = {}
-                    lists = lists._replace(grads=[g / scale.to(g.device) for g in lists.grads])
-                self.rule.update(lists, options, **scaler)
+                plan = self._block_plans.get((index, at), lists, options, clip, self._check_shapes)
+                ready.append(partial(reference.step, self.rule, plan, lists, options, clip, scale))
+        return ready
 
     def _batches(self, group: dict[str, Any]) -> Batches:
         """What has a gradient, with its state (created by torch's `_init_group`) and options."""
@@ -324,7 +323,12 @@ class AGCOptimizer(Optimizer):
                     f"{'' if self._skipping() is None else ' without skip_unit'}"
                 )
             check_grad(param, grad, group, index, i)
+        self._check_shapes([p for p in group["params"] if p.grad is not None], group)
         self._checked.add(group, index)
+
+    def _check_shapes(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        keys = self.rule.kernel.states(group)
+        check_shapes(params, keys, self.state, self.param_groups)
 
     def _graph_capture_check(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
