@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from agc_triton.blocks import blocks, largest_room
 from agc_triton.layouts import Layouts
@@ -24,19 +24,29 @@ class Run:
     def __init__(self, lists: TensorLists, walks: Mapping[int, Walk], alike: bool) -> None:
         self.indices, self.alike = list(walks), alike
         self.dtype = lists.params[self.indices[0]].dtype
-        self.blocks = blocks(walks, lists.params, lists.states)
+        # Views of the tensors themselves would follow where their .data is set, and would keep them
+        # from being swapped (torch.utils.swap_tensors).
+        params, *states = (
+            {i: role[i].data for i in walks} if role else {}
+            for role in (lists.params, *lists.states)
+        )
+        self.blocks = blocks(walks, params, states)
         self.largest_room = largest_room(self.blocks)
-        views = self._views(lists)
-        self._addresses = list(map(Tensor.data_ptr, views))
-        self._layouts = Layouts(views + self._grads(lists))
+        tensors = self._tensors(lists)
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._memory = list(map(Tensor.untyped_storage, tensors))
+        self._starts = list(map(UntypedStorage.data_ptr, self._memory))
+        self._layouts = Layouts(tensors + self._grads(lists))
 
     def fits(self, lists: TensorLists) -> bool:
-        """Whether no tensor has moved or changed its layout."""
-        views = self._views(lists)
-        stayed = list(map(Tensor.data_ptr, views)) == self._addresses
-        return stayed and self._layouts.fit(views + self._grads(lists))
+        """Whether no tensor has moved or changed its layout, and the blocks' memory is there."""
+        tensors = self._tensors(lists)
+        stayed = list(map(Tensor.data_ptr, tensors)) == self._addresses
+        # A tensor may lie where memory was that resize_(0) has freed since.
+        there = list(map(UntypedStorage.data_ptr, self._memory)) == self._starts
+        return stayed and there and self._layouts.fit(tensors + self._grads(lists))
 
-    def _views(self, lists: TensorLists) -> list[Tensor]:
+    def _tensors(self, lists: TensorLists) -> list[Tensor]:
         roles = (lists.params, *(role for role in lists.states if role))
         return [role[i] for role in roles for i in self.indices]
 

@@ -12,7 +12,7 @@ from agc_triton.joined import Joined
 from agc_triton.norms import clip_factors, norm_dtype
 from agc_triton.rule import Clip
 from agc_triton.scratch import Scratch
-from agc_triton.walks import Cut, Part, Walk, cut_out
+from agc_triton.walks import Cut, Part, Tensors, Walk, cut_out
 
 # Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
 # the few torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
@@ -35,8 +35,8 @@ class Single:
         self,
         cut: Cut,
         parts: list[Cut],
-        params: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
+        params: Tensors,
+        states: Sequence[Tensors],
     ) -> None:
         self.parts = [cut_out([part], params, states) for part in parts]
         self.whole = self.parts[0] if parts == [cut] else cut_out([cut], params, states)
@@ -89,15 +89,13 @@ class Single:
 Block = Single | Joined
 
 
-def blocks(
-    walks: Mapping[int, Walk], params: Sequence[Tensor], states: Sequence[Sequence[Tensor]]
-) -> list[Block]:
+def blocks(walks: Mapping[int, Walk], params: Tensors, states: Sequence[Tensors]) -> list[Block]:
     """Blocks of about `BLOCK` elements: a part of a large tensor each, or several small tensors.
 
     Args:
         walks: of parameters of one dtype, by their index.
-        params: all parameters.
-        states: a list per role, as long as ``params`` or empty.
+        params: those, by their index.
+        states: a role each, by the same index; empty where it is switched off.
     """
     found: list[Block] = []
     small: list[Cut] = []

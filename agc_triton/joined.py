@@ -11,7 +11,7 @@ from torch import Tensor
 from agc_triton.norms import clip_factors, norm_dtype
 from agc_triton.rule import Clip
 from agc_triton.scratch import Scratch
-from agc_triton.walks import Cut, Part, cut_out
+from agc_triton.walks import Cut, Part, Tensors, cut_out
 
 
 class Joined:
@@ -20,9 +20,7 @@ class Joined:
     Units of one length are the rows of a matrix; all matrices lie in one piece of memory.
     """
 
-    def __init__(
-        self, cuts: list[Cut], params: Sequence[Tensor], states: Sequence[Sequence[Tensor]]
-    ) -> None:
+    def __init__(self, cuts: list[Cut], params: Tensors, states: Sequence[Tensors]) -> None:
         cuts = sorted(cuts, key=_length)
         self.whole = cut_out(cuts, params, states)
         self.parts = [self.whole]

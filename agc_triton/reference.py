@@ -21,7 +21,7 @@ from agc_triton.rule import Batches, Clip, Rule, TensorLists, Update
 from agc_triton.scratch import Scratch
 from agc_triton.units import norm_dims
 from agc_triton.versions import count_writes
-from agc_triton.walks import Walk, find_walk
+from agc_triton.walks import Tensors, Walk, find_walk
 
 
 def step(
@@ -105,7 +105,7 @@ def _step_blocks(
     update: Update, run: Run, lists: TensorLists, clip: Clip, grad_scale: Tensor | None
 ) -> None:
     """Block after block: norms, scaled gradients, torch's update."""
-    own: Sequence[Tensor] | Mapping[int, Tensor] = lists.grads
+    own: Tensors = lists.grads
     if not run.alike:
         own = {i: torch.empty_like(lists.params[i]).copy_(lists.grads[i]) for i in run.indices}
     scratch = Scratch(run.largest_room)
@@ -123,7 +123,7 @@ def _step_blocks(
 
 def _bind(
     block: Block,
-    own: Sequence[Tensor] | Mapping[int, Tensor],
+    own: Tensors,
     steps: list[Tensor],
     scratch: Scratch,
 ) -> tuple[list[Tensor], list[tuple[list[Tensor], TensorLists]]]:

@@ -13,6 +13,9 @@ from agc_triton.units import UnitLayout, memory_order, unit_layout
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
+# By their index.
+Tensors = Sequence[Tensor] | Mapping[int, Tensor]
+
 
 class Walk(NamedTuple):
     """How a tensor is walked: how its dimensions are permuted to be contiguous, and its units.
@@ -81,7 +84,7 @@ class Cut(NamedTuple):
     flat: bool = False
     columns: tuple[int, int] | None = None
 
-    def of(self, tensors: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
+    def of(self, tensors: Tensors) -> Tensor:
         """The part of the ``member``-th tensor."""
         view = self.walk.view(tensors[self.member])
         if self.rows is not None:
@@ -104,7 +107,7 @@ class Part(NamedTuple):
         return TensorLists(self.params, grads, self.states, own)
 
 
-def cut_out(cuts: list[Cut], params: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> Part:
+def cut_out(cuts: list[Cut], params: Tensors, states: Sequence[Tensors]) -> Part:
     """The part of these cuts; the list of a role without tensors stays empty."""
     roles = tuple([cut.of(role) for cut in cuts] if role else [] for role in states)
     return Part(cuts, [cut.of(params) for cut in cuts], roles)

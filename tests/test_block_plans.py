@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing import reductions
+from torch.nn import Parameter
 
 from agc_triton import blocks
 from agc_triton.block_plan import BlockPlan
@@ -73,6 +74,79 @@ def test_no_gradient_is_kept(layout: str) -> None:
         del grads, p, g
         optimizer.zero_grad()
         assert [ref() for ref in kept] == [None, None]
+
+
+def both(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """An AGC class that clips nothing and torch's own."""
+    options = STATEFUL[name]
+    return (
+        lambda params: build(name, params, {**options, "clipping": 1e6}),
+        lambda params: getattr(torch.optim, name)(params, **options),
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4,)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_that_takes_over_anothers_memory_is_updated_there(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    def run(make: Callable[[Any], Any]) -> list[Tensor]:
+        (old,) = make_params([shape])
+        optimizer = make([old])
+        train(optimizer, [old], range(2))
+        new = Parameter(old.data)
+        optimizer.param_groups[0]["params"] = [new]
+        optimizer.state[new] = optimizer.state.pop(old)
+        old.data = torch.zeros(shape)
+        train(optimizer, [new], range(2, 4))
+        return [old.detach(), new.detach()]
+
+    torch.testing.assert_close(*map(run, both(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_that_has_moved_from_under_the_blocks_is_noticed(name: str) -> None:
+    # As after resize_(0), where the parameter's next memory may be what has just been freed.
+    def run(moves: bool) -> Tensor:
+        memory = bytearray(48)
+        (param,) = make_params([(4, 3)])
+        param.data = torch.frombuffer(memory, dtype=torch.float32).view(4, 3).copy_(param.detach())
+        optimizer = build(name, [param], STATEFUL[name])
+        train(optimizer, [param], range(2))
+        if moves:
+            before = param.untyped_storage()
+            param.data = torch.frombuffer(memory, dtype=torch.float32).view(4, 3)
+            before.share_memory_()
+        train(optimizer, [param], range(2, 4))
+        return param.detach()
+
+    assert torch.equal(run(moves=True), run(moves=False))
+
+
+@pytest.fixture
+def conversion_swaps() -> Iterator[None]:
+    """Module.to() and the like swap parameters for converted ones."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("conversion_swaps")
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_can_be_swapped_after_a_step(name: str) -> None:
+    def run(make: Callable[[Any], Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(36, 2))
+        params = list(model.parameters())
+        optimizer = make(params)
+        train(optimizer, params, range(2))
+        model.double()
+        for state in optimizer.state.values():
+            state.update({key: s.double() for key, s in state.items() if key != "step"})
+        train(optimizer, params, range(2, 4))
+        return [p.detach() for p in params]
+
+    torch.testing.assert_close(*map(run, both(name)))
 
 
 def grown(param: Any) -> None:
