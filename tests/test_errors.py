@@ -265,6 +265,16 @@ def test_a_sparse_gradient_without_clipping_is_torchs_matter(cls: Any) -> None:
     assert same(step(ours), step(theirs))
 
 
+def without_defaults() -> Optimizer:
+    """As torch.distributed.optim.PostLocalSGDOptimizer."""
+
+    class PostLocalSGDOptimizer(Optimizer):
+        def __init__(self, optim: Optimizer) -> None:
+            self.optim, self.param_groups = optim, optim.param_groups
+
+    return PostLocalSGDOptimizer(SGD(make_params()))
+
+
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
@@ -274,8 +284,9 @@ def test_a_sparse_gradient_without_clipping_is_torchs_matter(cls: Any) -> None:
         (lambda: SGD_AGC(make_params()), ("SGD_AGC", "already clips")),
         (lambda: AdamW_AGC(make_params()), ("AdamW_AGC", "already clips")),
         (lambda: AGC(SGD(make_params())), ("AGC", "already clips")),
+        (without_defaults, ("PostLocalSGDOptimizer", "defaults", "inner optimizer")),
     ],
-    ids=["module", "parameters", "class", "SGD_AGC", "AdamW_AGC", "AGC"],
+    ids=["module", "parameters", "class", "SGD_AGC", "AdamW_AGC", "AGC", "no defaults"],
 )
 def test_what_the_wrapper_does_not_wrap(given: Callable[[], Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(TypeError) as caught:

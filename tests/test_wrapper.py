@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,38 @@ def test_third_party_optimizers_keep_their_own_ways() -> None:
     again.load_state_dict(saved)
     assert again.updates == 3
     assert again.param_groups[0]["clipping"] == CLIPPING
+
+
+class Lookahead(Optimizer):
+    """As timm's: around another optimizer, without torch's constructor, with hooks never called."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._optimizer_step_pre_hooks: dict[int, Any] = OrderedDict()
+        self.inner, self.defaults = inner, {**inner.defaults, "alpha": 0.5}
+        self.param_groups, self.state = inner.param_groups, inner.state
+        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
+        loss = self.inner.step(closure) if closure else self.inner.step()
+        params = [p for g in self.param_groups for p in g["params"]]
+        for p, slow in zip(params, self.slow, strict=True):
+            p.copy_(slow.lerp_(p, 0.5))
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_base_that_wraps_another_and_calls_no_hooks_is_clipped(with_closure: bool) -> None:
+    (ours, inner), (theirs, expected) = sgd(), sgd()
+    wrapped, base = AGC(Lookahead(inner), CLIPPING), Lookahead(expected)
+    for seed in range(3):
+        backward(ours, seed)
+        wrapped.step((lambda: 0.0) if with_closure else None)
+        backward(theirs, seed)
+        adaptive_clip_grad_(theirs, CLIPPING)
+        base.step()
+    assert same(ours, theirs)
+    assert same(inner.state_dict()["state"], expected.state_dict()["state"])
 
 
 def test_zero_grad_works_where_the_base_takes_no_argument() -> None:

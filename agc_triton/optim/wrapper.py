@@ -27,7 +27,7 @@ class AGC(Optimizer):
         clipping, agc_eps, unit_dim: as in `agc_triton.AdamW_AGC`.
 
     Raises:
-        TypeError: ``optimizer`` is not an Optimizer, or already clips.
+        TypeError: ``optimizer`` is not an Optimizer, already clips, or lacks what all others have.
         ValueError: an option out of range.
     """
 
@@ -45,6 +45,12 @@ class AGC(Optimizer):
             raise TypeError(f"AGC wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if isinstance(optimizer, (AGC, AGCOptimizer)):
             raise TypeError(f"{type(optimizer).__name__} already clips; use it as it is")
+        for name in ("param_groups", "defaults"):
+            if not hasattr(optimizer, name):
+                raise TypeError(
+                    f"{type(optimizer).__name__} has no {name}, which AGC writes its settings to;"
+                    " wrap the inner optimizer instead"
+                )
         options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         for index, group in enumerate(optimizer.param_groups):
             check_group({**options, **group}, index)
@@ -62,20 +68,25 @@ class AGC(Optimizer):
         Raises:
             RuntimeError: a gradient that cannot be clipped; nothing has been changed then.
         """
-        if closure is None:
-            # Last of the pre-hooks, so that what the others do to gradients is clipped as well.
-            handle = self.optimizer.register_step_pre_hook(lambda *_: self._clip())
-            try:
-                return self.optimizer.step()
-            finally:
-                handle.remove()
+        if closure is not None:
 
-        def clipped_closure() -> float:
-            loss = closure()
+            def clipped_closure() -> float:
+                loss = closure()
+                self._clip()
+                return loss
+
+            return self.optimizer.step(clipped_closure)
+        # Nothing calls the hooks of an optimizer that does without torch's constructor, as some do
+        # that wrap another.
+        if not getattr(type(self.optimizer).step, "hooked", False):
             self._clip()
-            return loss
-
-        return self.optimizer.step(clipped_closure)
+            return self.optimizer.step()
+        # Last of the pre-hooks, so that what the others do to gradients is clipped as well.
+        handle = self.optimizer.register_step_pre_hook(lambda *_: self._clip())
+        try:
+            return self.optimizer.step()
+        finally:
+            handle.remove()
 
     @torch.no_grad()
     def _clip(self) -> None:
