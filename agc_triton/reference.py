@@ -24,28 +24,33 @@ from agc_triton.versions import count_writes
 from agc_triton.walks import Tensors, Walk, find_walk
 
 
-def step(
+def ready(
     rule: Rule,
     plan: BlockPlan,
     lists: TensorLists,
     group: Mapping[str, Any],
     clip: Clip,
-    grad_scale: Tensor | None = None,
-) -> None:
-    """Clip and update one parameter group; ``lists.grads`` are only read.
+    grad_scale: Tensor | None,
+) -> Callable[[], None]:
+    """What clips and updates one parameter group; ``lists.grads`` are only read.
 
-    ``grad_scale`` (0-dim or one element) divides the gradients first, as torch.amp.GradScaler asks.
+    Hyperparameters that torch cannot take raise here, before a step is counted. ``grad_scale``
+    (0-dim or one element) divides the gradients first, as torch.amp.GradScaler asks.
     """
-    if lists.steps and plan.counted:
-        # With alpha the number is made a tensor once, not once per step count.
-        one = torch.ones((), device="cpu")
-        torch._foreach_add_([lists.steps[i] for i in plan.counted], one, alpha=1)
-    for run in plan.runs:
-        update = _counted_update(rule, group, run.dtype)
-        count_writes([lists.params[i] for i in run.indices])
-        _step_blocks(update, run, lists, clip, grad_scale)
-    if plan.whole:
-        _step_whole(rule.update, lists.select(plan.whole), group, clip, grad_scale)
+    updates = [_counted_update(rule, group, run.dtype) for run in plan.runs]
+
+    def step() -> None:
+        if lists.steps and plan.counted:
+            # With alpha the number is made a tensor once, not once per step count.
+            one = torch.ones((), device="cpu")
+            torch._foreach_add_([lists.steps[i] for i in plan.counted], one, alpha=1)
+        for run, update in zip(plan.runs, updates, strict=True):
+            count_writes([lists.params[i] for i in run.indices])
+            _step_blocks(update, run, lists, clip, grad_scale)
+        if plan.whole:
+            _step_whole(rule.update, lists.select(plan.whole), group, clip, grad_scale)
+
+    return step
 
 
 def step_unclipped(

@@ -16,6 +16,9 @@ from agc_triton.walks import PLAIN
 if TYPE_CHECKING:
     from agc_triton.rule import KernelRule
 
+# What norms in fp32 can be compared with.
+LARGEST = torch.finfo(torch.float32).max
+
 AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
 
 
@@ -35,8 +38,15 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         )
     if not _is_real(agc_eps):
         raise TypeError(f"agc_eps must be a float, not {type(agc_eps).__name__}{where}")
-    if not 0.0 <= agc_eps < math.inf:
-        raise ValueError(f"Invalid agc_eps value: {agc_eps}{where}; it must be finite and >= 0")
+    if clipping is not None and LARGEST < clipping < math.inf:
+        raise ValueError(
+            f"Invalid clipping value: {clipping}{where}; it must be at most {LARGEST:.2g}, or inf"
+        )
+    if not 0.0 <= agc_eps <= LARGEST:
+        raise ValueError(
+            f"Invalid agc_eps value: {agc_eps}{where}; it must be finite, >= 0 and at most"
+            f" {LARGEST:.2g}"
+        )
     if unit_dim is not None and (isinstance(unit_dim, bool) or not isinstance(unit_dim, int)):
         raise TypeError(f"unit_dim must be an int or None, not {type(unit_dim).__name__}{where}")
 

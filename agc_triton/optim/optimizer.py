@@ -279,7 +279,7 @@ class AGCOptimizer(Optimizer):
             clip = Clip.of(group, self._skipping())
             for at, (lists, options) in enumerate(batches):
                 plan = self._block_plans.get((index, at), lists, options, clip, self._check_shapes)
-                ready.append(partial(reference.step, self.rule, plan, lists, options, clip, scale))
+                ready.append(reference.ready(self.rule, plan, lists, options, clip, scale))
         return ready
 
     def _batches(self, group: dict[str, Any]) -> Batches:
