@@ -74,6 +74,17 @@ class Rule(NamedTuple):
     kernel: KernelRule
 
 
+def number(value: Any) -> float:
+    """A hyperparameter, which may be a tensor of one element, for functions that take numbers.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: it is not a number.
+    """
+    if type(value) is float:  # mostly
+        return value
+    return float(value.item() if isinstance(value, Tensor) else value)
+
+
 class Clip(NamedTuple):
     """The AGC settings of one parameter group: limit = clipping * max(||w||, agc_eps).
 

@@ -161,6 +161,24 @@ def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
     assert same(optimizer.state_dict(), expected.state_dict())
 
 
+@every_name
+def test_a_hyperparameter_that_is_none_changes_nothing(name: str) -> None:
+    key = {"SGD": "dampening", "RMSprop": "eps"}.get(name, "betas")
+    params, others = make_params(), make_params()
+    optimizer, expected = (
+        stateful(name, [{"params": p[:2]}, {"params": p[2:]}]) for p in (params, others)
+    )
+    set_grads(params, 0)
+    optimizer.param_groups[1][key] = None
+    with nothing_changes(params, optimizer), pytest.raises(TypeError):
+        optimizer.step()
+    optimizer.param_groups[1][key] = optimizer.param_groups[0][key]
+    train(optimizer, params, range(2))
+    train(expected, others, range(2))
+    assert same(params, others)
+    assert same(optimizer.state_dict(), expected.state_dict())
+
+
 @every_backend
 @every_name
 def test_after_an_exception_in_a_closure_the_next_step_is_as_ever(name: str, backend: str) -> None:

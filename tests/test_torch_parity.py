@@ -97,6 +97,34 @@ def test_under_a_limit_that_nothing_reaches(name: str, options: dict[str, Any]) 
 
 
 DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+# What torch takes for a flag or a number, and its fused kernels do not.
+ODD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"momentum": 0.9, "nesterov": 1}),
+    ("SGD", {"maximize": 1}),
+    ("SGD", {"momentum": torch.tensor([0.75])}),
+    ("SGD", {"weight_decay": torch.tensor(0.5, requires_grad=True)}),
+    ("Adam", {"amsgrad": 1, "maximize": 1}),
+    ("AdamW", {"amsgrad": 2, "maximize": 1}),
+    ("RMSprop", {"maximize": 1, "momentum": 0.9}),
+    ("RMSprop", {"centered": 2, "alpha": torch.tensor(0.75)}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), ODD_OPTIONS)
+def test_flags_and_numbers_as_torch_takes_them(name: str, options: dict[str, Any]) -> None:
+    shapes = SHAPES[:-1]  # it takes a momentum of shape (1,) for all but scalars
+    theirs = run(getattr(torch.optim, name), options, shapes=shapes)
+    ours = run(
+        getattr(agc_triton, f"{name}_AGC"), {**options, "clipping": UNREACHED}, shapes=shapes
+    )
+    assert len(theirs) == STEPS
+    for (actual, *names), (expected, *of_torch) in zip(ours, theirs, strict=True):
+        assert names[0] == of_torch[0]
+        for row, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(row[0], other[0])
+            torch.testing.assert_close(row[2:], other[2:])
+
+
 EXPLICIT_CASES = [case for case in STATEFUL_CASES if "default" not in case]
 OTHER_DTYPES = [
     (name, mode, dtype)

@@ -11,7 +11,9 @@ from torch.optim.adam import Adam, adam
 from torch.optim.adamw import adamw
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update
+from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
+
+_NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +42,9 @@ def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | Non
 def _fused(group: Mapping[str, Any], _dtype: torch.dtype) -> Update:
     decoupled = group.get("decoupled_weight_decay")
     kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    options = _options(group)
+    given = _options(group)
+    options: dict[str, Any] = {key: number(given[key]) for key in _NUMBERS}
+    options |= {key: bool(given[key]) for key in ("amsgrad", "maximize")}
 
     def update(lists: TensorLists) -> None:
         steps = lists.steps
@@ -53,7 +57,7 @@ def _fused(group: Mapping[str, Any], _dtype: torch.dtype) -> Update:
 
 
 def _flags(group: Mapping[str, Any]) -> int:
-    return int(group["amsgrad"])
+    return int(bool(group["amsgrad"]))
 
 
 def _states(group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.rmsprop import RMSprop, rmsprop
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update
+from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
 
 _ARGUMENTS = (
     *("lr", "alpha", "eps", "weight_decay", "momentum", "centered"),
@@ -37,22 +37,23 @@ def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
     With beta1 = 0 and the bias corrections of step infinity, Adam's step is lr * g / (sqrt(v) +
     eps); taken from zeros with lr = 1 it is what RMSprop's momentum adds up, as SGD's does.
     """
+    lr, alpha, eps, decay, momentum = map(number, _hyper(group))
+    maximize = bool(group["maximize"])
     # The fused CPU SGD kernel is wrong for 16 bits up to torch 2.13 (pytorch#191763).
-    if dtype.itemsize < 4 or group["centered"] or group["alpha"] >= 1.0:
+    if dtype.itemsize < 4 or group["centered"] or alpha >= 1.0:
         return None
-    decay, momentum, sign = group["weight_decay"], group["momentum"], -1 if group["maximize"] else 1
     infinity = torch.tensor(math.inf, device="cpu")
-    adam = {
-        "lr": 1.0 if momentum else group["lr"],
+    adam: dict[str, Any] = {
+        "lr": 1.0 if momentum else lr,
         "beta1": 0.0,
-        "beta2": group["alpha"],
-        "eps": group["eps"],
+        "beta2": alpha,
+        "eps": eps,
         "weight_decay": 0.0 if momentum else decay,
         "amsgrad": False,
-        "maximize": group["maximize"],
+        "maximize": maximize,
     }
-    sgd = {
-        "lr": group["lr"],
+    sgd: dict[str, Any] = {
+        "lr": lr,
         "momentum": momentum,
         "dampening": 0.0,
         "weight_decay": 0.0,
@@ -66,7 +67,7 @@ def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
         grads = lists.grads
         params = [torch.zeros_like(p) for p in lists.params] if buffers else lists.params
         if buffers and decay != 0:
-            torch._foreach_add_(grads, lists.params, alpha=sign * decay)
+            torch._foreach_add_(grads, lists.params, alpha=-decay if maximize else decay)
         # The gradient stands for exp_avg, which beta1 = 0 makes it.
         counts = [infinity] * len(params)
         torch._fused_adam_(params, grads, grads, squares, [], counts, **adam)
@@ -77,7 +78,7 @@ def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
 
 
 def _flags(group: Mapping[str, Any]) -> int:
-    return int(group["centered"]) + 2 * int(group["momentum"] > 0)
+    return int(bool(group["centered"])) + 2 * int(group["momentum"] > 0)
 
 
 def _states(group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim.sgd import SGD, sgd
 
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update
+from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
 
-_OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+_NUMBERS = ("weight_decay", "momentum", "lr", "dampening")
+_OPTIONS = (*_NUMBERS, "nesterov", "maximize")
 
 
 def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | None) -> None:
@@ -36,9 +37,10 @@ def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | Non
 
 
 def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
+    options: dict[str, Any] = {key: number(group[key]) for key in _NUMBERS}
+    options |= {key: bool(group[key]) for key in ("nesterov", "maximize", "is_first_step")}
     if dtype.itemsize < 4:
         return None  # torch's fused CPU kernel is wrong for 16 bits up to 2.13 (pytorch#191763)
-    options = {key: group[key] for key in (*_OPTIONS, "is_first_step")}
 
     def update(lists: TensorLists) -> None:
         torch._fused_sgd_(lists.params, lists.grads, lists.states[0], **options)
@@ -47,7 +49,7 @@ def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
 
 
 def _flags(group: Mapping[str, Any]) -> int:
-    return int(group["momentum"] != 0) + 2 * int(group["nesterov"])
+    return int(group["momentum"] != 0) + 2 * int(bool(group["nesterov"]))
 
 
 def _states(group: Mapping[str, Any]) -> tuple[str, ...]:
