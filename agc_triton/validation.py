@@ -192,26 +192,28 @@ def check_loaded(
     """
     try:
         rule.hyper(group)
-        needed = len(rule.states(group))
+        keys = rule.states(group)
     except KeyError as error:
         raise ValueError(
             f"the checkpoint has no option {error} in parameter group {index}; it may be of another"
             " optimizer"
         ) from None
+    # SGD counts no steps, and its only state may start later than the others' do.
+    needed = ("step", *keys) if rule.counts else ()
     for i, param in enumerate(group["params"]):
         entry = states.get(param, {})
-        tensors = {k: t for k, t in entry.items() if isinstance(t, Tensor) and k != "step"}
-        for key, state in tensors.items():
-            if state.shape != param.shape:
+        for key in keys:
+            state = entry.get(key)
+            if isinstance(state, Tensor) and state.shape != param.shape:
                 raise ValueError(
                     f"{key} in the checkpoint has shape {tuple(state.shape)}, which is not that of"
                     f" {tensor_name(group, index, i)}; it may be of another model"
                 )
-        # SGD counts no steps, and its only state may start later than the others' do.
-        if entry and rule.counts and ("step" not in entry or len(tensors) < needed):
+        missing = [key for key in needed if key not in entry]
+        if entry and missing:
             raise ValueError(
-                f"the checkpoint has only {', '.join(entry)} for {tensor_name(group, index, i)},"
-                f" which takes step and {needed} more; it may be truncated, or of other options"
+                f"the checkpoint has no {', '.join(missing)}, only {', '.join(entry)}, for"
+                f" {tensor_name(group, index, i)}; it may be truncated, or of other options"
                 " (amsgrad, momentum, centered)"
             )
 

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, adaptive_clip_grad_
 from tests.helpers import OURS, PAIRS, make_params, same, set_grads, train
+from tests.triton_cases import DEVICE
 
 CLIPPING = 0.02
 AGC_KEYS = ("clipping", "agc_eps", "unit_dim")
@@ -238,6 +239,26 @@ def test_names_are_saved_and_loaded_as_torchs(cls: Any) -> None:
     # A checkpoint without names leaves those there.
     ours.load_state_dict(cls(model.parameters()).state_dict())
     assert ours.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("cls", PAIRS)
+def test_what_users_keep_beside_the_states_is_saved_and_loaded(cls: Any, backend: str) -> None:
+    params: list[Any] = [p.detach().to(DEVICE) for p in make_params()]
+    ours = PAIRS[cls](params, backend=backend)
+    train(ours, params, range(1))
+    for p in params:
+        ours.state[p].update(decay=torch.tensor(0.5), slow=torch.ones(2, 9))
+    checkpoint = on_disk(ours.state_dict())
+    copied: list[Any] = [p.clone() for p in params]
+    loaded, theirs = PAIRS[cls](copied, backend=backend), cls(copied)
+    for optimizer in (loaded, theirs):
+        optimizer.load_state_dict(checkpoint)
+        assert same(optimizer.state_dict()["state"], checkpoint["state"])
+    train(loaded, copied, range(1, 3))
+    train(ours, params, range(1, 3))
+    assert same(params, copied)
+    assert same(loaded.state_dict()["state"], ours.state_dict()["state"])
 
 
 OLD_GROUPS: dict[Any, dict[str, Any]] = {
