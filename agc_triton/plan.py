@@ -101,8 +101,9 @@ class OptimizerPlan:
             elif not _has_states(entry, rule, group):
                 self.idle.append(param)
                 continue
-            check_states(param, entry, *at)
-            states = tuple(_laid_out_as(param, entry, key) for key in rule.states(group))
+            keys = rule.states(group)
+            check_states(param, {key: entry[key] for key in keys}, *at)
+            states = tuple(_laid_out_as(param, entry, key) for key in keys)
             members.append(Member(param, states, index))
         return members
 
