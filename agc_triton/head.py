@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,9 +92,11 @@ def _by_name(model: nn.Module) -> list[nn.Module]:
 
 
 def _trace(model: nn.Module) -> list[nn.Module]:
+    # A copy, as what forward() stores would be torch.fx's stand-ins; parameters stay as they are.
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     try:
-        nodes = fx.Tracer().trace(model).nodes
-    except Exception:  # a model that torch.fx cannot trace raises whatever its code raises
+        nodes = fx.Tracer().trace(copy.deepcopy(model, shared)).nodes
+    except Exception:  # a model that cannot be copied or traced raises whatever its code raises
         return []
     called: list[nn.Module] = [
         model.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,43 @@ def test_the_head_is_found_by_running_the_model() -> None:
 
 def test_the_head_is_found_by_tracing_the_model() -> None:
     assert unclipped(Net("readout")) == {"readout.weight", "readout.bias"}
+
+
+def test_tracing_the_model_leaves_no_trace_in_it() -> None:
+    class Counting(Net):
+        mean: Tensor
+        features: Any = None
+
+        def __init__(self) -> None:
+            super().__init__("readout")
+            self.register_buffer("mean", torch.ones(6))
+            self.calls = 0
+            self.cache: list[Any] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.mean.mul_(0.5)
+            self.features = self.stem(x)
+            self.cache.append(self.features)
+            self.stem.latest = self.features
+            return super().forward(x)
+
+    model = Counting()
+    before = copy.deepcopy(model.state_dict())
+    params = list(map(id, model.parameters()))
+    assert unclipped(model) == {"readout.weight", "readout.bias"}
+    assert (model.calls, model.features, model.cache) == (0, None, [])
+    assert not hasattr(model.stem, "latest")
+    assert same(dict(model.state_dict()), dict(before))
+    assert list(map(id, model.parameters())) == params
+
+
+def test_a_model_that_cannot_be_copied_is_not_traced() -> None:
+    model = Net("readout")
+    model.lock = threading.Lock()  # type: ignore[assignment]  # what many a model holds
+    with pytest.raises(ValueError, match="example_inputs"):
+        param_groups(model)
+    assert unclipped(model, example_inputs=IMAGES) == {"readout.weight", "readout.bias"}
 
 
 @pytest.mark.parametrize("several", [list, tuple])
