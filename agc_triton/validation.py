@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from agc_triton.layouts import Layouts
 from agc_triton.units import resolve_unit_dim
@@ -62,7 +63,9 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
     if not group["clipping"]:
         return
     for i, param in enumerate(group["params"]):
-        check_param(param, group["unit_dim"], group, index, i)
+        # A parameter without a shape yet is checked at the step of its first gradient.
+        if not is_lazy(param):
+            check_param(param, group["unit_dim"], group, index, i)
 
 
 def check_param(

@@ -233,6 +233,23 @@ def test_gradients_that_the_functional_cannot_clip(
     assert_says(caught.value, "parameter 1", *parts)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@all_targets
+def test_a_group_whose_check_fails_is_not_added(
+    target: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params([(4, 3), (4, 3)])
+    optimizer = target(params[:1])
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    for module in ("optimizer", "wrapper"):
+        monkeypatch.setattr(f"agc_triton.optim.{module}.check_group", fail)
+    with nothing_changes(params, optimizer), pytest.raises(error):
+        optimizer.add_param_group({"params": params[1:]})
+
+
 def test_sparse_rows_with_units_in_columns() -> None:
     groups = two_groups()
     optimizer = wrapped_sgd(groups, unit_dim=1)

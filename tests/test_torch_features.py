@@ -23,8 +23,10 @@ from tests.helpers import OURS, PAIRS, clipped, make_params, same, set_grads, tr
 CLIPPING = 0.02
 
 
-def wrapped_sgd(params: Any, clipping: float = CLIPPING, **options: Any) -> AGC:
-    return AGC(SGD(params, **options), clipping)
+def wrapped_sgd(
+    params: Any, clipping: float = CLIPPING, unit_dim: int | None = None, **options: Any
+) -> AGC:
+    return AGC(SGD(params, **options), clipping, unit_dim=unit_dim)
 
 
 every_optimizer = pytest.mark.parametrize("make", [*OURS, wrapped_sgd])
@@ -146,6 +148,41 @@ def test_named_parameters(make: Any) -> None:
     optimizer.add_param_group({"params": model[1].named_parameters()})
     train(optimizer, list(model.parameters()), range(2))
     assert [group["param_names"] for group in optimizer.param_groups] == [["weight", "bias"]] * 2
+
+
+# Older versions of torch warn of every lazy module.
+lazy = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+
+
+@lazy
+@every_optimizer
+def test_uninitialized_parameters(make: Any) -> None:
+    def run(initialized: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3) if initialized else nn.LazyLinear(3), nn.Linear(3, 2))
+        optimizer = make(model[1].parameters())
+        optimizer.add_param_group({"params": list(model[0].parameters())})
+        optimizer.step()  # no gradient yet
+        model(torch.ones(2, 4))
+        torch.manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        train(optimizer, list(model.parameters()), range(2))
+        return [p.detach() for p in model.parameters()]
+
+    assert same(run(initialized=False), run(initialized=True))
+
+
+@lazy
+@every_optimizer
+def test_an_uninitialized_parameter_is_checked_at_its_first_gradient(make: Any) -> None:
+    module = nn.LazyLinear(3)
+    optimizer = make(module.parameters(), unit_dim=2)
+    optimizer.step()
+    module(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match=r"unit_dim 2 .*parameter 0 of group 0"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

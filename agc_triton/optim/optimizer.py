@@ -138,7 +138,7 @@ class AGCOptimizer(Optimizer):
             group, index = self.param_groups[-1], len(self.param_groups) - 1
             check_group(self._clipped(group), index)
             dispatch.check_group_backend(self.backend, group, index)
-        except (TypeError, ValueError):
+        except BaseException:
             self.param_groups.pop()
             raise
 

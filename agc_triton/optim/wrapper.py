@@ -104,7 +104,7 @@ class AGC(Optimizer):
         self.optimizer.add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], len(self.param_groups) - 1)
-        except (TypeError, ValueError):
+        except BaseException:
             self.param_groups.pop()
             raise
 
