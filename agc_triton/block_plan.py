@@ -11,7 +11,7 @@ from torch import Tensor, UntypedStorage
 
 from agc_triton.blocks import blocks, largest_room
 from agc_triton.layouts import Layouts
-from agc_triton.rule import Clip, TensorLists
+from agc_triton.rule import Clip, TensorLists, at
 from agc_triton.walks import Walk, find_walk
 
 
@@ -47,12 +47,12 @@ class Run:
         return stayed and there and self._layouts.fit(tensors + self._grads(lists))
 
     def _tensors(self, lists: TensorLists) -> list[Tensor]:
-        roles = (lists.params, *(role for role in lists.states if role))
-        return [role[i] for role in roles for i in self.indices]
+        roles = (lists.params, *lists.states)
+        return [tensor for role in roles for tensor in at(self.indices, role)]
 
     def _grads(self, lists: TensorLists) -> list[Tensor]:
         """Those that are walked as they lie."""
-        return [lists.grads[i] for i in self.indices] if self.alike else []
+        return at(self.indices, lists.grads) if self.alike else []
 
 
 class BlockPlan:

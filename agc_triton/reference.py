@@ -17,7 +17,7 @@ from agc_triton.block_plan import BlockPlan, Run
 from agc_triton.blocks import Block, blocks, largest_room
 from agc_triton.nonfinite import Kept, update_others
 from agc_triton.norms import clip_factors, unit_norms
-from agc_triton.rule import Batches, Clip, Rule, TensorLists, Update
+from agc_triton.rule import Batches, Clip, Rule, TensorLists, Update, at
 from agc_triton.scratch import Scratch
 from agc_triton.units import norm_dims
 from agc_triton.versions import count_writes
@@ -41,9 +41,7 @@ def ready(
 
     def step() -> None:
         if lists.steps and plan.counted:
-            # With alpha the number is made a tensor once, not once per step count.
-            one = torch.ones((), device="cpu")
-            torch._foreach_add_([lists.steps[i] for i in plan.counted], one, alpha=1)
+            _count(at(plan.counted, lists.steps))
         for run, update in zip(plan.runs, updates, strict=True):
             count_writes([lists.params[i] for i in run.indices])
             _step_blocks(update, run, lists, clip, grad_scale)
@@ -88,6 +86,14 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
             factors = block.factors(block.whole.states[0], clip, None, scratch)
             for part in block.parts:
                 block.scale_(part.states[0], factors)
+
+
+def _count(steps: list[Tensor]) -> None:
+    """Add 1 to step counts, which other tools may keep as integers."""
+    dtypes = {step.dtype for step in steps}
+    # With alpha the number is made a tensor once, not once per count; their own dtype is quickest.
+    one = torch.ones((), dtype=dtypes.pop() if len(dtypes) == 1 else torch.int64, device="cpu")
+    torch._foreach_add_(steps, one, alpha=1)
 
 
 def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:

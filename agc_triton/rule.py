@@ -26,12 +26,16 @@ class TensorLists(NamedTuple):
 
     def select(self, indices: list[int]) -> TensorLists:
         """The entries at these indices."""
+        states = tuple(at(indices, state) for state in self.states)
+        params, grads, steps = (at(indices, t) for t in (self.params, self.grads, self.steps))
+        return TensorLists(params, grads, states, steps)
 
-        def pick(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensors[i] for i in indices] if tensors else []
 
-        states = tuple(pick(state) for state in self.states)
-        return TensorLists(pick(self.params), pick(self.grads), states, pick(self.steps))
+def at(indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors at ascending indices, if there are any."""
+    if len(indices) == len(tensors):  # mostly, and once per tensor and step is much
+        return tensors
+    return [tensors[i] for i in indices] if tensors else []
 
 
 class KernelRule(NamedTuple):

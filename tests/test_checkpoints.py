@@ -261,6 +261,26 @@ def test_what_users_keep_beside_the_states_is_saved_and_loaded(cls: Any, backend
     assert same(loaded.state_dict()["state"], ours.state_dict()["state"])
 
 
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("cls", [Adam, AdamW, RMSprop])
+def test_steps_counted_in_integer_tensors(cls: Any, dtype: torch.dtype, some: bool) -> None:
+    def run(make: Any, **options: Any) -> Any:
+        params = make_params()
+        optimizer = make(params, **options)
+        train(optimizer, params, range(2))
+        saved = on_disk(optimizer.state_dict())
+        for entry in list(saved["state"].values())[some:]:
+            entry["step"] = entry["step"].to(dtype)
+        optimizer.load_state_dict(saved)
+        train(optimizer, params, range(2, 4))
+        return [p.detach() for p in params], optimizer.state_dict()["state"]
+
+    ours, theirs = run(PAIRS[cls], clipping=1e6), run(cls)
+    torch.testing.assert_close(ours, theirs)
+    assert ours[1][4]["step"].dtype == dtype
+
+
 OLD_GROUPS: dict[Any, dict[str, Any]] = {
     SGD_AGC: {"lr": 0.01, "momentum": 0.9, "dampening": 0, "weight_decay": 0},
     Adam_AGC: {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0},
