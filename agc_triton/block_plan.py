@@ -107,7 +107,9 @@ class BlockPlans:
             check(lists.params, group)
             # The old one first, as it may be all that holds on to its tensors.
             self._plans.pop(at, None)
-            plan = self._plans[at] = BlockPlan(lists, group, clip)
+            # Memory that is made in inference mode cannot be written to outside of it.
+            with torch.inference_mode(False):
+                plan = self._plans[at] = BlockPlan(lists, group, clip)
         return plan
 
 

@@ -39,7 +39,9 @@ class SkippedUnits:
         """
         counts = self._slots.setdefault(device, [])
         if not counts or len(counts[-1]) < n:
-            counts.append(torch.zeros(n, dtype=torch.int64, device=device))
+            # What is made in inference mode cannot be written to outside of it.
+            with torch.inference_mode(False):
+                counts.append(torch.zeros(n, dtype=torch.int64, device=device))
         return counts[-1]
 
     def find(self, norms: Tensor) -> Tensor:

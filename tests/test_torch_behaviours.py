@@ -257,6 +257,34 @@ def test_a_compiled_training_step_on_the_triton_path(cls: Any) -> None:
     assert same(run(compiled=True), run(compiled=False))
 
 
+# Without a state the first step; torch.optim's states can be written to where they were made only.
+IN_INFERENCE_MODE = [(SGD, {"lr": 0.1}, 0), *((cls, options, 1) for cls, options in STATE.items())]
+
+
+@pytest.mark.usefixtures("either_block")
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip_unit"])
+@pytest.mark.parametrize(("cls", "options", "step"), IN_INFERENCE_MODE)
+def test_a_step_in_inference_mode_between_others(
+    cls: Any, options: dict[str, Any], step: int, nonfinite: str
+) -> None:
+    def run(make: Any) -> list[Any]:
+        params = make_params(SHAPES)
+        optimizer = make(params, **options)
+        for seed in range(4):
+            if seed == step:  # so that the plan is made anew
+                for p in params:
+                    p.data = p.data.clone()
+            set_grads(params, seed)
+            with torch.inference_mode(seed == step):
+                optimizer.step()
+        return [p.detach() for p in params]
+
+    def ours(params: Any, **options: Any) -> Any:
+        return PAIRS[cls](params, **options, clipping=1e6, nonfinite=nonfinite)
+
+    torch.testing.assert_close(run(ours), run(cls))
+
+
 def torch_starts_under(default: str, cls: Any) -> bool:
     """Whether a first step succeeds; Adam of torch 2.11 keeps its count on the default device."""
     param = nn.Parameter(torch.ones(2))
