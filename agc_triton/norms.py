@@ -20,6 +20,8 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def unit_norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     """L2 norms over ``dims``, kept as size 1, accumulated in `norm_dtype`."""
+    if tensor.dtype == torch.complex32:  # its moduli and norms would be fp16
+        tensor = tensor.to(torch.complex64)
     if not dims:
         return tensor.abs().to(norm_dtype(tensor.dtype))
     dtype = None if tensor.is_complex() else norm_dtype(tensor.dtype)

@@ -62,6 +62,22 @@ def test_complex_units_have_the_norm_of_their_moduli(
     torch.testing.assert_close(param.grad, clipped(param.detach(), grad, 0.03))
 
 
+# torch warns that it is experimental.
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+@pytest.mark.parametrize("shape", [(), (1,), (300,), (4, 300)], ids=str)
+def test_complex_units_of_fp16_whose_norms_leave_fp16(shape: tuple[int, ...]) -> None:
+    param = Parameter(torch.full(shape, 0.5 + 0.5j, dtype=torch.complex32))
+    grad = torch.full(shape, 5e4 - 5e4j, dtype=torch.complex32)
+    param.grad = grad.clone()
+    norms = unitwise_norm(grad)
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms, unitwise_norm(grad.to(torch.complex64)))
+    adaptive_clip_grad_(param, 0.05)
+    wide = torch.complex64
+    expected = clipped(param.detach().to(wide), grad.to(wide), 0.05)
+    torch.testing.assert_close(param.grad.to(wide), expected, rtol=2**-10, atol=0)
+
+
 @pytest.mark.parametrize("unit_dim", [0, 1, 2, -1, -3])
 def test_units_run_along_unit_dim(unit_dim: int) -> None:
     (param,) = make_params([(4, 3, 5)], torch.float64)
