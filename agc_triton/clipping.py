@@ -17,6 +17,7 @@ from agc_triton.rule import Clip
 from agc_triton.units import norm_dims, resolve_unit_dim
 from agc_triton.validation import (
     check_grad,
+    check_in_place,
     check_options,
     check_param,
     tensor_name,
@@ -120,14 +121,7 @@ def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i:
     check_param(param, group["unit_dim"], group, index, i)
     check_grad(param, grad, group, index, i)
     if grad.layout is torch.strided:
-        if any(
-            size > 1 and step == 0 for size, step in zip(grad.shape, grad.stride(), strict=True)
-        ):
-            raise RuntimeError(
-                f"the gradient of {tensor_name(group, index, i)} has elements that share memory"
-                " (it was expanded) and cannot be clipped in place; give it memory of its own with"
-                " .clone()"
-            )
+        check_in_place(grad, group, index, i)
     else:
         _check_sparse_rows(param, grad, group["unit_dim"], tensor_name(group, index, i))
 

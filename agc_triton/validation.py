@@ -125,6 +125,20 @@ def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int
     _check_alike(param, grad, "the gradient's", "make them equal before step()", group, index, i)
 
 
+def check_in_place(grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
+    """Check that a strided gradient can be written to.
+
+    Raises:
+        RuntimeError: elements share memory.
+    """
+    if _overlaps(grad):
+        raise RuntimeError(
+            f"the gradient of {tensor_name(group, index, i)} has elements that share memory (it may"
+            " have been expanded) and cannot be clipped in place; give it memory of its own with"
+            " .clone()"
+        )
+
+
 def check_states(
     param: Tensor, states: Mapping[str, Any], group: Mapping[str, Any], index: int, i: int
 ) -> None:
@@ -226,6 +240,23 @@ def tensor_name(group: Mapping[str, Any], group_index: int, i: int) -> str:
     names = group.get("param_names")
     name = f" ({names[i]!r})" if names else ""
     return f"parameter {i}{name} of group {group_index}, shape {tuple(group['params'][i].shape)}"
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements lie in the same place."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    dims = [dim for dim in zip(tensor.stride(), tensor.shape, strict=True) if dim[1] > 1]
+    for step, size in sorted(dims):
+        if step == 0:
+            return True
+        if step <= reach:  # it lies between the elements of smaller dimensions, if not on them
+            places = torch.arange(1 + sum(step * (size - 1) for step, size in dims), device="cpu")
+            placed = places.as_strided(tensor.shape, tensor.stride())
+            return len(set(placed.flatten().tolist())) < tensor.numel()
+        reach += step * (size - 1)
+    return False
 
 
 def _name_in(groups: Sequence[Mapping[str, Any]], param: Tensor) -> str:

@@ -168,6 +168,10 @@ def expanded(param: Parameter) -> None:
     param.grad = torch.full((1, 3), 100.0).expand(4, 3)
 
 
+def overlapping(param: Parameter) -> None:
+    param.grad = torch.full((9,), 100.0).as_strided((4, 3), (2, 1))
+
+
 def fsdp1(param: Parameter) -> None:
     param._is_flat_param = True  # type: ignore[attr-defined]  # as FSDP1's FlatParameter
 
@@ -190,6 +194,7 @@ IN_PLACE: list[Any] = [
     (sparse_in_both_dimensions, RuntimeError, ("sparse", "row-sparse", "clipping=0")),
     (sparse_cubes, RuntimeError, ("sparse", "row-sparse", "clipping=0")),
     (expanded, RuntimeError, ("gradient", "clone")),
+    (overlapping, RuntimeError, ("gradient", "clone")),
 ]
 
 

@@ -234,6 +234,43 @@ def test_writes_through_a_gradient_that_is_a_view() -> None:
     assert torch.equal(buffer[:, 1::2], torch.full((3, 4), 100.0))
 
 
+# Dense in another order, with holes, with elements between others', with odd strides of sizes 1.
+STRIDES = [
+    *(((4, 3), (1, 4)), ((4, 3), (5, 1)), ((2, 3, 2), (1, 4, 2)), ((2, 2), (3, 2))),
+    *(((3, 2), (2, 3)), ((4, 1, 3), (3, 0, 1)), ((1, 5), (0, 2)), ((2, 2, 2), (1, 3, 5))),
+]
+
+
+@pytest.mark.parametrize(("shape", "stride"), STRIDES, ids=str)
+def test_clips_gradients_of_any_strides_that_share_no_memory(
+    shape: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    (param,) = make_params([shape])
+    memory = torch.full((20,), 7.0)
+    grad = memory.as_strided(shape, stride).copy_(random_grad(param, 0) * 10)
+    inside = torch.zeros(20, dtype=torch.bool)
+    inside.as_strided(shape, stride).fill_(True)
+    expected = clipped(param.detach(), grad.clone(), 0.01)
+    param.grad = grad
+    adaptive_clip_grad_(param, 0.01)
+    torch.testing.assert_close(param.grad, expected)
+    assert torch.equal(memory[~inside], torch.full_like(memory[~inside], 7.0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((3, 4), (2, 1)), ((3, 3), (2, 4)), ((2, 2, 2), (1, 2, 3)), ((4,), (0,))]
+)
+def test_refuses_gradients_whose_elements_share_memory(
+    shape: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    param = Parameter(torch.ones(shape))
+    memory = torch.full((20,), 7.0)
+    param.grad = memory.as_strided(shape, stride)
+    with pytest.raises(RuntimeError, match=r"share memory.*\.clone\(\)"):
+        adaptive_clip_grad_(param, 0.01)
+    assert torch.equal(memory, torch.full((20,), 7.0))
+
+
 def test_records_no_graph() -> None:
     param = Parameter(torch.ones(3, 4))
     (grad,) = torch.autograd.grad((param**3).sum(), param, create_graph=True)
