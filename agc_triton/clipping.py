@@ -61,15 +61,27 @@ def adaptive_clip_grad_(
         clipping, agc_eps, unit_dim, backend: as in `agc_triton.AdamW_AGC`.
 
     Raises:
-        TypeError, ValueError: an option of the wrong type or out of range.
+        TypeError, ValueError: no tensors, or an option of the wrong type or out of range.
         RuntimeError: a gradient that cannot be clipped; none has been changed then.
     """
     dispatch.check_backend(backend)
     options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
     check_options(options, "")
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    params = _as_list(parameters)
     if clipping:
         clip_groups_([{"params": params, **options}], backend, _clipper(params))
+
+
+def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    one = isinstance(parameters, Tensor) or not isinstance(parameters, Iterable)
+    params: list[Any] = [parameters] if one else list(parameters)
+    for param in params:
+        if not isinstance(param, Tensor):
+            raise TypeError(
+                f"adaptive_clip_grad_ takes tensors, not {type(param).__name__}; pass"
+                " model.parameters()"
+            )
+    return params
 
 
 # Plans of the latest callers; they keep no parameter alive.

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from agc_triton.head import Inputs, find_head
 from agc_triton.units import resolve_unit_dim
 
-Exclusion = str | type[nn.Module] | Callable[[str, Tensor], bool]
+Exclusion = str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool]
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -46,7 +46,7 @@ def param_groups(
     clipping: float | None = None,
     agc_eps: float | None = None,
     weight_decay: float | None = None,
-    exclude: Exclusion | Iterable[Exclusion] = (),
+    exclude: Exclusion | Iterable[Exclusion] | None = (),
     exclude_head: bool = True,
     example_inputs: Inputs | None = None,
 ) -> list[dict[str, Any]]:
@@ -61,7 +61,8 @@ def param_groups(
         clipping, agc_eps, weight_decay: for the groups they apply to; None leaves them to the
             optimizer's own arguments.
         exclude: what is not clipped, one or several of: a pattern (fnmatch) for names of parameters
-            or modules, a module type, or a callable ``(name, parameter) -> bool``.
+            or modules, a module of the model, a module type, or a callable
+            ``(name, parameter) -> bool``.
         exclude_head: leave the classifier head unclipped, as Brock et al. 2021 (arXiv 2102.06171,
             section 4.1) do. The head is ``model.get_classifier()`` if there is one, else the last
             Linear that runs on ``example_inputs``, else a layer with a usual name (fc, head,
@@ -73,6 +74,7 @@ def param_groups(
         Groups with ``params``, ``param_names``, ``unit_dim`` and the options set for them.
 
     Raises:
+        TypeError: an exclusion that is none of these.
         ValueError: an exclusion that matches nothing, a head that cannot be told, an uninitialized
             parameter, or nothing to train.
     """
@@ -132,10 +134,18 @@ def _decays(entry: _Entry) -> bool:
     return not ("bias" in entry.tensor or is_gain or isinstance(entry.layer, _NORMS))
 
 
-def _as_list(exclude: Exclusion | Iterable[Exclusion]) -> list[Exclusion]:
-    if isinstance(exclude, (str, type)) or callable(exclude):
-        return [exclude]
-    return list(exclude)
+def _as_list(exclude: Any) -> list[Exclusion]:
+    if exclude is None:
+        return []
+    one = isinstance(exclude, str) or callable(exclude) or not isinstance(exclude, Iterable)
+    exclusions = [exclude] if one else list(exclude)
+    for exclusion in exclusions:
+        if not (isinstance(exclusion, str) or callable(exclusion)):
+            raise TypeError(
+                f"exclude takes patterns, modules, module types and callables (name, parameter) ->"
+                f" bool, not {exclusion!r:.60}"
+            )
+    return exclusions
 
 
 def _excluded(entries: list[_Entry], exclude: list[Exclusion]) -> set[int]:
@@ -143,7 +153,7 @@ def _excluded(entries: list[_Entry], exclude: list[Exclusion]) -> set[int]:
     excluded: set[int] = set()
     for exclusion in exclude:
         found = {id(entry.param) for entry in entries if _matches(entry, exclusion)}
-        if not found and isinstance(exclusion, (str, type)):
+        if not found and isinstance(exclusion, (str, type, nn.Module)):
             raise ValueError(_no_match(entries, exclusion))
         excluded |= found
     return excluded
@@ -154,10 +164,17 @@ def _matches(entry: _Entry, exclusion: Exclusion) -> bool:
         return any(fnmatch.fnmatchcase(path, exclusion) for path in entry.paths)
     if isinstance(exclusion, type):
         return any(isinstance(module, exclusion) for module in entry.around)
+    if isinstance(exclusion, nn.Module):  # to be called is what it is for
+        return any(module is exclusion for module in entry.around)
     return any(exclusion(name, entry.param) for name in entry.names)
 
 
-def _no_match(entries: list[_Entry], exclusion: str | type) -> str:
+def _no_match(entries: list[_Entry], exclusion: str | type | nn.Module) -> str:
+    if isinstance(exclusion, nn.Module):
+        return (
+            f"exclude has a {type(exclusion).__name__} that is no module of this model with"
+            " trainable parameters; name it by a pattern if the model is a copy"
+        )
     if isinstance(exclusion, type):
         types = sorted({type(m).__name__ for entry in entries for m in entry.around})
         return (

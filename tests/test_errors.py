@@ -319,6 +319,28 @@ def test_what_the_wrapper_does_not_wrap(given: Callable[[], Any], parts: tuple[s
     assert_says(caught.value, *parts)
 
 
+@pytest.mark.parametrize(
+    ("given", "called"),
+    [
+        (lambda module: module.named_parameters(), "tuple"),
+        (lambda module: dict(module.named_parameters()), "str"),
+        (lambda module: module, "Linear"),
+        (lambda module: [module], "Linear"),
+        (lambda module: None, "NoneType"),
+    ],
+    ids=["names", "dict", "module", "modules", "None"],
+)
+def test_what_the_functional_cannot_clip_at_all(
+    given: Callable[[Linear], Any], called: str
+) -> None:
+    module = Linear(2, 2)
+    params = list(module.parameters())
+    set_grads(params, 0)
+    with nothing_changes(params), pytest.raises(TypeError) as caught:
+        adaptive_clip_grad_(given(module))
+    assert_says(caught.value, f"not {called}", "model.parameters()")
+
+
 @pytest.mark.parametrize("backend", ["cuda", "Triton", "", None, True])
 def test_unknown_backends(backend: Any) -> None:
     params = make_params()

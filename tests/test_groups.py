@@ -251,6 +251,31 @@ def test_a_pattern_that_matches_nothing_lists_near_names(exclude: Any, near: str
     assert near in str(caught.value).partition("near names")[2]
 
 
+def test_a_module_stands_for_its_parameters() -> None:
+    model = Net()
+    assert unclipped(model, exclude=model.stem) == {"stem.weight", "stem.bias"} | HEAD
+    assert unclipped(model, exclude=[model.stem, "norm.bias"], exclude_head=False) == {
+        *("stem.weight", "stem.bias", "norm.bias")
+    }
+    layers = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert unclipped(layers, exclude=layers[0], exclude_head=False) == {"0.0.weight", "0.0.bias"}
+    with pytest.raises(ValueError, match=r"Conv2d that is no module of this model"):
+        param_groups(Net(), exclude=model.stem)
+
+
+def test_no_exclusion_is_none() -> None:
+    assert unclipped(Net(), exclude=None) == HEAD
+
+
+@pytest.mark.parametrize(
+    ("exclude", "called"),
+    [(123, "123"), ([123], "123"), (["stem", None], "None"), ([torch.ones(2)], "tensor")],
+)
+def test_what_is_no_exclusion_is_named(exclude: Any, called: str) -> None:
+    with pytest.raises(TypeError, match=f"patterns.*not {called}"):
+        param_groups(Net(), exclude=exclude)
+
+
 def test_a_module_type_that_matches_nothing_lists_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"LayerNorm.*BatchNorm2d.*Conv2d.*Linear"):
         param_groups(Net(), exclude=nn.LayerNorm)
