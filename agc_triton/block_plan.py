@@ -126,6 +126,9 @@ def _partition(
     walks: dict[int, Walk] = {}
     whole: list[int] = []
     all_whole, _ = _options(group, clip)
+    # A parameter that is there twice is updated by each update in turn, as torch's for-loop does.
+    repeated = len(set(map(id, lists.params))) < len(lists.params)
+    all_whole |= repeated and not group.get("fused")
     roles = [role for role in lists.states if role]
     for i, param in enumerate(lists.params):
         walk = None if all_whole else find_walk(param, [role[i] for role in roles], clip.unit_dim)

@@ -125,6 +125,23 @@ def test_flags_and_numbers_as_torch_takes_them(name: str, options: dict[str, Any
             torch.testing.assert_close(row[2:], other[2:])
 
 
+# While a momentum buffer is missing, torch's foreach SGD updates parameters one after the other.
+REPEATED = [case for case in STATEFUL_CASES if case != ("SGD", "foreach")]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize(("name", "mode"), REPEATED)
+def test_a_parameter_that_is_twice_in_a_group(name: str, mode: str) -> None:
+    def twice(cls: Any) -> Any:
+        return lambda params, **options: cls([*params, params[0]], **options)
+
+    options = {**STATEFUL[name], **MODES[mode]}
+    theirs = run(twice(getattr(torch.optim, name)), options)
+    ours = run(twice(getattr(agc_triton, f"{name}_AGC")), {**options, "clipping": UNREACHED})
+    assert len(theirs) == STEPS
+    assert same([step[:2] for step in ours], [step[:2] for step in theirs])
+
+
 EXPLICIT_CASES = [case for case in STATEFUL_CASES if "default" not in case]
 OTHER_DTYPES = [
     (name, mode, dtype)
