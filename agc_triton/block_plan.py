@@ -93,6 +93,10 @@ class BlockPlans:
     def __init__(self) -> None:
         self._plans: dict[tuple[int, ...], BlockPlan] = {}
 
+    def drop(self, at: tuple[int, ...]) -> None:
+        """Let go of the plan at ``at``, if there is one."""
+        self._plans.pop(at, None)
+
     def get(
         self,
         at: tuple[int, ...],

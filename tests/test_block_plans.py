@@ -50,6 +50,17 @@ def test_kept_while_gradients_and_values_change(name: str) -> None:
     assert plans_of(training.optimizer) == plans
 
 
+def test_dropped_where_nothing_is_stepped() -> None:
+    training = make_training("SGD")
+    training.train()
+    assert list(plans_of(training.optimizer)) == [(0, 0)]  # momentum buffers that start
+    training.train()
+    assert list(plans_of(training.optimizer)) == [(0, 1)]
+    training.optimizer.zero_grad()
+    training.optimizer.step()
+    assert not plans_of(training.optimizer)
+
+
 def test_made_anew_for_other_units() -> None:
     training = make_training()
     training.train()

@@ -278,6 +278,9 @@ class AGCOptimizer(Optimizer):
                 continue
             clip = Clip.of(group, self._skipping())
             for at, (lists, options) in enumerate(batches):
+                if not lists.params:
+                    self._block_plans.drop((index, at))
+                    continue
                 plan = self._block_plans.get((index, at), lists, options, clip, self._check_shapes)
                 ready.append(reference.ready(self.rule, plan, lists, options, clip, scale))
         return ready

@@ -13,6 +13,8 @@ from torch.optim.rmsprop import RMSprop, rmsprop
 from agc_triton.optim.optimizer import AGCOptimizer
 from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
 
+_INFINITY = torch.tensor(math.inf, device="cpu")
+
 _ARGUMENTS = (
     *("lr", "alpha", "eps", "weight_decay", "momentum", "centered"),
     *("foreach", "maximize", "differentiable", "capturable"),
@@ -42,7 +44,6 @@ def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
     # The fused CPU SGD kernel is wrong for 16 bits up to torch 2.13 (pytorch#191763).
     if dtype.itemsize < 4 or group["centered"] or alpha >= 1.0:
         return None
-    infinity = torch.tensor(math.inf, device="cpu")
     adam: dict[str, Any] = {
         "lr": 1.0 if momentum else lr,
         "beta1": 0.0,
@@ -69,7 +70,7 @@ def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
         if buffers and decay != 0:
             torch._foreach_add_(grads, lists.params, alpha=-decay if maximize else decay)
         # The gradient stands for exp_avg, which beta1 = 0 makes it.
-        counts = [infinity] * len(params)
+        counts = [_INFINITY] * len(params)
         torch._fused_adam_(params, grads, grads, squares, [], counts, **adam)
         if buffers:
             torch._fused_sgd_(lists.params, params, buffers, **sgd)
