@@ -16,7 +16,7 @@ from torch import Tensor
 from agc_triton.block_plan import BlockPlan, Run
 from agc_triton.blocks import Block, blocks, largest_room
 from agc_triton.nonfinite import Kept, update_others
-from agc_triton.norms import clip_factors, unit_norms
+from agc_triton.norms import ONE, clip_factors, unit_norms
 from agc_triton.rule import Batches, Clip, Rule, TensorLists, Update, at
 from agc_triton.scratch import Scratch
 from agc_triton.units import norm_dims
@@ -43,7 +43,7 @@ def ready(
         if lists.steps and plan.counted:
             _count(at(plan.counted, lists.steps))
         for run, update in zip(plan.runs, updates, strict=True):
-            count_writes([lists.params[i] for i in run.indices])
+            count_writes(at(run.indices, lists.params))
             _step_blocks(update, run, lists, clip, grad_scale)
         if plan.whole:
             _step_whole(rule.update, lists.select(plan.whole), group, clip, grad_scale)
@@ -90,9 +90,9 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
 
 def _count(steps: list[Tensor]) -> None:
     """Add 1 to step counts, which other tools may keep as integers."""
-    dtypes = {step.dtype for step in steps}
-    # With alpha the number is made a tensor once, not once per count; their own dtype is quickest.
-    one = torch.ones((), dtype=dtypes.pop() if len(dtypes) == 1 else torch.int64, device="cpu")
+    usual = {step.dtype for step in steps} == {torch.float32}
+    one = ONE if usual else torch.ones((), dtype=torch.int64, device="cpu")
+    # With alpha the number is not made a tensor for every count.
     torch._foreach_add_(steps, one, alpha=1)
 
 
