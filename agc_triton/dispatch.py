@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from agc_triton.fused import FusedStep
 from agc_triton.plan import ClipPlan, OptimizerPlan
@@ -67,8 +68,9 @@ def _launch() -> Any:
 def asks_for_torch(group: Mapping[str, Any]) -> str | None:
     """The option of a group that means the torch path, or None."""
     for option, value in (("foreach", True), ("differentiable", True), ("fused", False)):
-        if group.get(option) is value:
-            return f"{option}={value}"
+        given = group.get(option)
+        if given is not None and bool(given) is value:
+            return f"{option}={given}"
     return None
 
 
@@ -95,6 +97,8 @@ def why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | No
         return backend
     if option := asks_for_torch(group):
         return option
+    if is_lazy(param):
+        return "it has no shape yet"
     if param.numel() == 0:
         return "it is empty"
     if not param.is_cuda and (backend == "auto" or not _launch().interpreted()):
@@ -132,14 +136,19 @@ def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]
     if backend == "torch" or (backend == "auto" and not on_gpu):
         return []
     taken = []
+    repeated = len(set(map(id, group["params"]))) < len(group["params"])
     for i, param in enumerate(group["params"]):
         reason = why_torch(backend, group, param)
+        if reason is None and repeated:
+            reason = "a parameter is in its group twice"
         if reason is None:
             taken.append(param)
-        elif backend == "triton" and param.numel() > 0:
+        elif is_lazy(param) or param.numel() == 0:
+            continue
+        elif backend == "triton":
             name = tensor_name(group, index, i)
             raise RuntimeError(f"backend='triton' cannot step {name}: {reason}")
-        elif param.is_cuda and param.numel() > 0 and reason not in (backend, asks_for_torch(group)):
+        elif param.is_cuda and reason not in (backend, asks_for_torch(group)):
             _warn_once(f"CUDA parameters take the torch path: {reason}")
     return taken
 
@@ -161,7 +170,9 @@ def plan(
         return None
     _refuse_capture(capturing, "step()")
     launcher = functools.partial(_launch().StepLauncher, skipped=optimizer._skipping())
-    return OptimizerPlan(optimizer, taken, launcher, previous)
+    # Memory that is made in inference mode cannot be written to outside of it.
+    with torch.inference_mode(False):
+        return OptimizerPlan(optimizer, taken, launcher, previous)
 
 
 class Clipper:
@@ -195,7 +206,8 @@ class Clipper:
             self._taken = [{id(p) for p in params} for params in taken]
             if any(taken):
                 _refuse_capture(capturing, "clipping")
-                self._plan = ClipPlan(groups, taken, _launch().StepLauncher, self.captured)
+                with torch.inference_mode(False):
+                    self._plan = ClipPlan(groups, taken, _launch().StepLauncher, self.captured)
                 check_fits(self._plan.refresh(groups))
         if self._plan is not None:
             self._plan.run(capturing)

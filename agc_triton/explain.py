@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from agc_triton import dispatch
 from agc_triton.buckets import Bucket, TensorUnits, plan_buckets
@@ -31,6 +32,8 @@ def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
     for index, group in enumerate(optimizer.param_groups):
         states, flags = len(kernel.states(group)), kernel.flags(group)
         for param in group["params"]:
+            if is_lazy(param):
+                continue
             kind = (str(param.device), str(param.dtype).removeprefix("torch."))
             reason = dispatch.why_torch(optimizer.backend, group, param)
             if reason is None:

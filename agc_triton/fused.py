@@ -20,7 +20,7 @@ from torch import Tensor
 from agc_triton.buckets import TensorUnits, plan_buckets
 from agc_triton.gradients import Gradients
 from agc_triton.layouts import Layouts
-from agc_triton.rule import KernelRule
+from agc_triton.rule import KernelRule, number
 from agc_triton.units import UnitLayout, memory_order, unit_layout
 from agc_triton.validation import check_options
 
@@ -241,7 +241,7 @@ class FusedStep:
         for k, value in enumerate(hyper):
             pointer = self._pointer(value, group, index, k) if isinstance(value, Tensor) else 0
             pointers.append(pointer)
-            values.append(0.5 if pointer else float(value))
+            values.append(0.5 if pointer else number(value))
         self._changed |= self.tables.set_group(index, values, pointers)
         self._groups[index] = options
         self._tensors[index] = any(isinstance(value, Tensor) for value in hyper)

@@ -91,7 +91,7 @@ assert "agc_triton.kernels.launch" in sys.modules
 CONTRADICTIONS = [
     (cls, option)
     for cls in OURS
-    for option in ({"foreach": True}, {"differentiable": True}, {"fused": False})
+    for option in ({"foreach": True}, {"foreach": 1}, {"differentiable": True}, {"fused": False})
     if cls is not RMSprop_AGC or "fused" not in option
 ]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from agc_triton import AdamW_AGC
+from agc_triton import AdamW_AGC, adaptive_clip_grad_
 from agc_triton.fused import Tables
 from tests.cases import NAMES, STATEFUL
 from tests.helpers import nothing_changes, same
@@ -216,6 +216,17 @@ def test_states_that_were_loaded_need_no_gradient_to_be_planned() -> None:
         training.move_grads(without)
         training.step()
         assert len(plan_of(training.optimizer).steps[0].params) == len(training.params)
+
+
+def test_the_first_step_is_in_inference_mode() -> None:
+    # States made there could not be written to later, as with torch.optim.
+    training = Training("SGD", make_params(), lr=0.5)
+    training.move_grads()
+    with torch.inference_mode():
+        training.optimizer.step()
+        adaptive_clip_grad_(training.params, CLIPPING, backend="triton")
+    adaptive_clip_grad_(training.params, CLIPPING, backend="triton")
+    training.train(2)
 
 
 def test_backend_changes() -> None:

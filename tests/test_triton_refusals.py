@@ -39,3 +39,15 @@ def test_a_parameter_that_loses_rows_where_it_is() -> None:
     with pytest.raises(RuntimeError, match="shape"):
         training.optimizer.step()
     assert torch.equal(whole, before)
+
+
+def test_a_parameter_that_is_in_its_group_twice() -> None:
+    # Two programs would update it at once.
+    param = make_weight((3, 4)).float().to(DEVICE)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = build("SGD", [param, param], {"lr": 0.5, **TRITON})
+    param.grad = make_grad((3, 4)).float().to(DEVICE)
+    before = param.clone()
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*twice"):
+        optimizer.step()
+    assert torch.equal(param, before)

@@ -1,0 +1,28 @@
+"""What the docstrings of all AGC optimizers end with."""
+
+AGC_DOC = """
+    Each unit's gradient norm is held to ``clipping * max(||w||, agc_eps)`` (Brock et al. 2021,
+    arXiv 2102.06171, equation 3) before any weight decay is added; ``.grad`` itself is not changed.
+    All other arguments, groups, state and checkpoints are those of the torch.optim class.
+
+    Args:
+        params: as in torch.optim; groups may set ``clipping``, ``agc_eps`` and ``unit_dim``.
+        clipping: limit as a fraction of the unit's weight norm; 0 or None for no clipping at all.
+        agc_eps: the least weight norm assumed, so that zero-initialized units can train.
+        unit_dim: dimension that indexes units; None for 0, as Linear, Conv and Embedding need.
+            Tensors of squeezed rank <= 1 are one unit whatever it says.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        nonfinite: what a gradient with NaN or inf does. ``"propagate"``: NaN goes into the weights
+            as in torch.optim, its unit unclipped; inf does as NaN, and the rest of its unit gets
+            zero. ``"skip_unit"``: a unit whose gradient norm is not finite keeps its weights and
+            states (`skipped_units` counts these), all others and the step count go on; the norm is
+            inf too where only the sum of squares overflows, beyond about 1.8e19 in fp32.
+            ``"raise"``: an error before anything has changed, for which each step waits for the
+            device.
+
+    Raises:
+        ValueError: torch.optim's own checks, an AGC option out of range or not known, or
+            ``backend="triton"`` with an option that means the torch path.
+        TypeError: an AGC option of the wrong type, or an FSDP1 flat parameter.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
