@@ -239,3 +239,15 @@ def test_groups_of_adamw_that_do_not_say_how_to_decay(backend: str) -> None:
         optimizer.step()
     silent, known = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
     assert same(silent, known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_steps_counted_in_another_dtype(name: str, dtype: torch.dtype) -> None:
+    training = Training(name, make_params(), **STATEFUL[name])
+    training.train()
+    for entry in training.optimizer.state.values():
+        entry["step"] = entry["step"].to(dtype)
+    training.train(2)
+    steps = [entry["step"] for entry in training.optimizer.state.values()]
+    assert [(float(step), step.dtype) for step in steps] == [(3.0, torch.float32)] * len(steps)
