@@ -11,6 +11,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from agc_triton import blocks
+from agc_triton.fused import Tables
 
 # Read when agc_triton.kernels is imported: without a GPU its kernels run on CPU tensors.
 if not torch.cuda.is_available():
@@ -22,6 +23,20 @@ torch.set_num_threads(1)
 # The same examples in each run, so that a failure can be repeated; no deadline, as machines stall.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each upload of tables to the device from now on, whether it was captured."""
+    found: list[bool] = []
+    upload = Tables.upload
+
+    def counted(self: Tables, capturing: bool) -> None:
+        found.append(capturing)
+        upload(self, capturing)
+
+    monkeypatch.setattr(Tables, "upload", counted)
+    return found
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agc_triton import adaptive_clip_grad_, dispatch
-from agc_triton.fused import CAPTURES, Tables
+from agc_triton.fused import CAPTURES
 from agc_triton.kernels.launch import Launch
 from tests.cases import NAMES, STATEFUL, build
 from tests.helpers import same
@@ -115,19 +115,14 @@ def test_graphs_keep_their_own_gradients(name: str, monkeypatch: pytest.MonkeyPa
     assert run.optimizer._plan is plan
 
 
-def test_two_graphs_of_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_graphs_of_the_same_gradients(
+    uploads: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Captured("AdamW")
     run.eager(0)
     grads = make_grads(1)
     set_grads(run.params, grads)
-    uploads: list[bool] = []
-    upload = Tables.upload
-
-    def counted(self: Tables, capturing: bool) -> None:
-        uploads.append(capturing)
-        upload(self, capturing)
-
-    monkeypatch.setattr(Tables, "upload", counted)
+    uploads.clear()
     graphs = []
     for _ in range(2):
         with capture(monkeypatch) as graph:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from agc_triton import AdamW_AGC, adaptive_clip_grad_
-from agc_triton.fused import Tables
 from tests.cases import NAMES, STATEFUL
 from tests.helpers import nothing_changes, same
 from tests.triton_cases import (
@@ -55,17 +54,7 @@ def test_kept_while_gradients_and_values_change() -> None:
 
 
 @pytest.mark.parametrize("without", [[], [1]], ids=["all", "some"])
-def test_tables_are_copied_only_when_they_change(
-    without: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uploads: list[bool] = []
-    upload = Tables.upload
-
-    def counted(self: Tables, capturing: bool) -> None:
-        uploads.append(capturing)
-        upload(self, capturing)
-
-    monkeypatch.setattr(Tables, "upload", counted)
+def test_tables_are_copied_only_when_they_change(without: list[int], uploads: list[bool]) -> None:
     training = Training("AdamW", make_params(), **ADAMW)
     for changes, expected in [({}, 1), ({}, 0), ({"lr": 0.25}, 1), ({}, 0)]:
         uploads.clear()
