@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from agc_triton import dispatch
-from agc_triton.fused import FusedStep
 from agc_triton.norms import clip_factors, unit_norms
 from agc_triton.reference import clip_grads_
 from agc_triton.rule import Clip
@@ -88,7 +87,7 @@ def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 _clippers: OrderedDict[tuple[int, ...], dispatch.Clipper] = OrderedDict()
 _CLIPPERS = 8
 # What captured graphs replay outlives its plan.
-_captured: list[FusedStep] = []
+_captured: list[Any] = []
 
 
 def _clipper(params: list[Tensor]) -> dispatch.Clipper:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton.fused import FusedStep
 from agc_triton.plan import ClipPlan, OptimizerPlan
 from agc_triton.units import has_units, memory_order
 from agc_triton.validation import tensor_name
@@ -88,11 +87,18 @@ def check_group_backend(backend: str, group: Mapping[str, Any], index: int) -> N
         )
 
 
-def why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | None:
-    """Why a parameter takes the torch path, or None if the kernels take it.
+def reasons(backend: str, group: Mapping[str, Any]) -> list[str | None]:
+    """Why each parameter of a group takes the torch path, or None if the kernels take it.
 
     What the user asked for comes back as written: ``"torch"`` or, for example, ``"foreach=True"``.
     """
+    found = [_why_torch(backend, group, param) for param in group["params"]]
+    if len(set(map(id, group["params"]))) < len(found):  # programs would update it at once
+        found = [reason or "a parameter is in its group twice" for reason in found]
+    return found
+
+
+def _why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | None:
     if backend == "torch":
         return backend
     if option := asks_for_torch(group):
@@ -136,11 +142,8 @@ def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]
     if backend == "torch" or (backend == "auto" and not on_gpu):
         return []
     taken = []
-    repeated = len(set(map(id, group["params"]))) < len(group["params"])
-    for i, param in enumerate(group["params"]):
-        reason = why_torch(backend, group, param)
-        if reason is None and repeated:
-            reason = "a parameter is in its group twice"
+    pairs = zip(group["params"], reasons(backend, group), strict=True)
+    for i, (param, reason) in enumerate(pairs):
         if reason is None:
             taken.append(param)
         elif is_lazy(param) or param.numel() == 0:
@@ -182,8 +185,7 @@ class Clipper:
         self._key: tuple[Any, ...] = ()
         self._taken: list[set[int]] = []
         self._plan: ClipPlan | None = None
-        # Steps that captured graphs replay.
-        self.captured: list[FusedStep] = []
+        self.captured: list[Any] = []  # as of FusedStep
 
     def clip_(self, groups: Sequence[Mapping[str, Any]], backend: str) -> list[list[Tensor]]:
         """Clip what the kernels take; returns, per group, the parameters that they do not.

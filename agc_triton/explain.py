@@ -31,11 +31,12 @@ def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
     others: defaultdict[tuple[Any, ...], list[tuple[Tensor, int, int]]] = defaultdict(list)
     for index, group in enumerate(optimizer.param_groups):
         states, flags = len(kernel.states(group)), kernel.flags(group)
-        for param in group["params"]:
+        for param, reason in zip(
+            group["params"], dispatch.reasons(optimizer.backend, group), strict=True
+        ):
             if is_lazy(param):
                 continue
             kind = (str(param.device), str(param.dtype).removeprefix("torch."))
-            reason = dispatch.why_torch(optimizer.backend, group, param)
             if reason is None:
                 key = (*kind, param.dtype, states, flags)
                 fused[key].append(_units(param, group["unit_dim"], index))

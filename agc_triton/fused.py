@@ -7,7 +7,6 @@ alignment, other tensors) makes `FusedStep.refresh` return False, and the caller
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import is_
@@ -127,6 +126,7 @@ class FusedStep:
         groups: the options of all groups.
         counts: fp32 step counts on the device, one element per member; they are kept alive.
         launcher: `agc_triton.kernels.launch.StepLauncher`.
+        captured: where everything goes that the replays of a captured graph read.
     """
 
     def __init__(
@@ -136,12 +136,13 @@ class FusedStep:
         groups: Sequence[Mapping[str, Any]],
         counts: Sequence[Tensor],
         launcher: Callable[..., Any],
+        captured: list[Any],
     ) -> None:
         params = [member.param for member in members]
         self.rule, self.device, self._counts = rule, params[0].device, counts
         self.flags = rule.flags(groups[members[0].group])
         real = params[0].dtype.to_real()
-        self.frozen = False
+        self._captured, self._frozen = captured, False
         n_states = len(members[0].states)
         self._params, self._grads = Layouts(params), Gradients(params)
         roles = [params, *([m.states[s] for m in members] for s in range(n_states))]
@@ -168,17 +169,6 @@ class FusedStep:
         self._structure = {g: _structure(groups[g]) for g in self._groups}
         self._changed = True
 
-    def twin(self) -> FusedStep:
-        """The same step with tables of its own; this one is left to the graphs that captured it."""
-        twin = copy.copy(self)
-        twin.frozen, twin._changed = False, True
-        twin.tables = self.tables.twin()
-        twin.launcher = self.launcher.twin(twin.tables)
-        twin._grads = copy.copy(self._grads)
-        twin._groups, twin._tensors = dict(self._groups), dict(self._tensors)
-        twin._brought = dict(self._brought)
-        return twin
-
     def refresh(
         self,
         params: list[Tensor],
@@ -186,6 +176,8 @@ class FusedStep:
         groups: Sequence[Mapping[str, Any]],
     ) -> bool:
         """Compare everything with the tables; False if this plan does not fit any more."""
+        if self._frozen:
+            self._thaw()
         if not self._params.fit(params):
             return False
         for tensors, addresses in zip((params, *states), self._addresses, strict=True):
@@ -197,7 +189,9 @@ class FusedStep:
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Upload what has changed and launch."""
-        self.frozen |= capturing
+        if capturing:
+            self._captured.append((self.launcher, self._counts, dict(self._brought)))
+            self._frozen = True
         if self._changed:
             self.tables.upload(capturing)
             self._changed = False
@@ -205,6 +199,12 @@ class FusedStep:
         if self.rule is CLIP_ONLY:
             self._grads.write_back()
         self._grads.drop_copies()
+
+    def _thaw(self) -> None:
+        """Leave the tables to the graph that captured them, and go on with others."""
+        self.tables = self.tables.twin()
+        self.launcher = self.launcher.twin(self.tables)
+        self._frozen, self._changed = False, True
 
     def _refresh_grads(self, params: list[Tensor]) -> bool:
         addresses = self._grads.read(params)

@@ -59,8 +59,6 @@ class OptimizerPlan:
     ) -> None:
         self._how = optimizer.nonfinite, optimizer.backend
         self._grouped = [list(group["params"]) for group in optimizer.param_groups]
-        # Graphs captured with earlier plans still read those plans' tables.
-        self._captured = [] if previous is None else previous.captured()
         self._state: Any = optimizer.state
         # Counts that no entry of the state holds go with the state that they were made for.
         same_state = previous is not None and previous._state is optimizer.state
@@ -122,7 +120,7 @@ class OptimizerPlan:
         held = counts if rule.counts else []
         for entry, count in zip(entries, held, strict=bool(held)):
             entry["step"] = count
-        step = FusedStep(rule, members, groups, counts, launcher)
+        step = FusedStep(rule, members, groups, counts, launcher, optimizer._captured)
         roles = map(list, zip(*(member.states for member in members), strict=True))
         states = list(zip(rule.states(groups[members[0].group]), roles, strict=True))
         single = [i for i, p in enumerate(params) if p.numel() == 1]
@@ -141,10 +139,6 @@ class OptimizerPlan:
         pairs = zip(groups, self._rest, strict=True)
         return [{**group, "params": params} for group, params in pairs if params]
 
-    def captured(self) -> list[FusedStep]:
-        """Steps that a captured graph may replay."""
-        return self._captured + [planned.step for planned in self.steps if planned.step.frozen]
-
     def refresh(self, optimizer: AGCOptimizer) -> bool:
         """Whether the plan fits what the optimizer holds now; its tables are then up to date."""
         groups, state = optimizer.param_groups, optimizer.state
@@ -159,7 +153,6 @@ class OptimizerPlan:
             return False
         if any(p.grad is not None for p in self.idle):
             return False
-        self._thaw()
         for step, params, entries, counts, counted, states, single in self.steps:
             if counts and not all(map(is_, map(itemgetter("step"), entries), counts)):
                 return False
@@ -173,15 +166,8 @@ class OptimizerPlan:
         return True
 
     def release(self) -> None:
-        """Let go of states that have been replaced; what graphs replay stays."""
-        self._captured, self.steps, self._state = self.captured(), [], None
-
-    def _thaw(self) -> None:
-        """Leave the steps that graphs have captured to these, and go on with twins."""
-        for i, planned in enumerate(self.steps):
-            if planned.step.frozen:
-                self._captured.append(planned.step)
-                self.steps[i] = planned._replace(step=planned.step.twin())
+        """Let go of states that have been replaced; the plan fits nothing any more."""
+        self.steps, self._entries, self._state = [], [], None
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Launch everything."""
@@ -199,7 +185,7 @@ class ClipPlan:
         groups: ``params``, ``clipping``, ``agc_eps`` and ``unit_dim`` of each.
         eligible: per group, the parameters that the kernels can take.
         launcher: `agc_triton.kernels.launch.StepLauncher`.
-        captured: where steps go that a captured graph may replay.
+        captured: as of `FusedStep`.
     """
 
     def __init__(
@@ -207,9 +193,8 @@ class ClipPlan:
         groups: Sequence[Mapping[str, Any]],
         eligible: Sequence[list[Tensor]],
         launcher: Callable[..., Any],
-        captured: list[FusedStep],
+        captured: list[Any],
     ) -> None:
-        self.captured = captured
         members: defaultdict[tuple[Any, ...], list[Member]] = defaultdict(list)
         for index, params in enumerate(eligible):
             for param in params:
@@ -217,15 +202,12 @@ class ClipPlan:
         self._steps: list[tuple[FusedStep, list[weakref.ref[Tensor]]]] = []
         for list_ in members.values():
             counts = torch.zeros(len(list_), device=list_[0].param.device, dtype=torch.float32)
-            step = FusedStep(CLIP_ONLY, list_, groups, counts.unbind(), launcher)
+            step = FusedStep(CLIP_ONLY, list_, groups, counts.unbind(), launcher, captured)
             self._steps.append((step, [weakref.ref(member.param) for member in list_]))
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the plan fits these groups; its tables are then up to date."""
-        for i, (step, refs) in enumerate(self._steps):
-            if step.frozen:
-                step = step.twin()
-                self._steps[i] = step, refs
+        for step, refs in self._steps:
             params = [p for p in (ref() for ref in refs) if p is not None]
             if len(params) != len(refs) or not step.refresh(params, [], groups):
                 return False
@@ -238,8 +220,6 @@ class ClipPlan:
             count_writes([p.grad for p in params if p.grad is not None])
             with _current(step.device):
                 step.run(None, None, capturing)
-            if capturing:
-                self.captured.append(step)
 
 
 def _same_tensors(

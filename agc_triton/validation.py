@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,15 +167,12 @@ def check_shapes(
         RuntimeError: one has another shape.
     """
     for param in params:
-        entry = states.get(param, {})
-        for key in keys:
-            state = entry.get(key)
-            if isinstance(state, Tensor) and state.shape != param.shape:
-                raise RuntimeError(
-                    f"{key}'s shape {tuple(state.shape)} differs from the parameter's for"
-                    f" {_name_in(groups, param)}; resize the state along with the parameter, or"
-                    " start it anew with del optimizer.state[parameter]"
-                )
+        for key, shape in _misshapen(param, states.get(param, {}), keys):
+            raise RuntimeError(
+                f"{key}'s shape {shape} differs from the parameter's for"
+                f" {_name_in(groups, param)}; resize the state along with the parameter, or"
+                " start it anew with del optimizer.state[parameter]"
+            )
 
 
 def _check_alike(
@@ -219,13 +216,11 @@ def check_loaded(
     needed = ("step", *keys) if rule.counts else ()
     for i, param in enumerate(group["params"]):
         entry = states.get(param, {})
-        for key in keys:
-            state = entry.get(key)
-            if isinstance(state, Tensor) and state.shape != param.shape:
-                raise ValueError(
-                    f"{key} in the checkpoint has shape {tuple(state.shape)}, which is not that of"
-                    f" {tensor_name(group, index, i)}; it may be of another model"
-                )
+        for key, shape in _misshapen(param, entry, keys):
+            raise ValueError(
+                f"{key} in the checkpoint has shape {shape}, which is not that of"
+                f" {tensor_name(group, index, i)}; it may be of another model"
+            )
         missing = [key for key in needed if key not in entry]
         if entry and missing:
             raise ValueError(
@@ -240,6 +235,16 @@ def tensor_name(group: Mapping[str, Any], group_index: int, i: int) -> str:
     names = group.get("param_names")
     name = f" ({names[i]!r})" if names else ""
     return f"parameter {i}{name} of group {group_index}, shape {tuple(group['params'][i].shape)}"
+
+
+def _misshapen(
+    param: Tensor, entry: Mapping[str, Any], keys: Sequence[str]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """States whose shape is not their parameter's."""
+    for key in keys:
+        state = entry.get(key)
+        if isinstance(state, Tensor) and state.shape != param.shape:
+            yield key, tuple(state.shape)
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,10 +35,6 @@ MAX_REGISTERS = 64
 PREPARE_BLOCK = 128
 PARTS_COLUMNS = 1024
 BEGIN_WARPS = 8
-
-# Where `begin` takes them among its arguments, and `step` the addresses.
-ADDRESSES, VALUES, POINTERS, GRAD_SCALE, FOUND_INF = 1, 2, 3, 7, 8
-STEP_ADDRESSES = 2
 
 
 def interpreted() -> bool:
@@ -147,15 +142,16 @@ class Launch:
         """Whether it starts without being compiled and loaded, which no capture allows."""
         return self._start is not None or interpreted()
 
-    def replaced(self, changes: Mapping[int, Any]) -> Launch:
+    def replaced(self, **changes: Any) -> Launch:
         """The same kernel, loaded if this one is, with other arguments."""
         twin = copy.copy(self)
-        for position, value in changes.items():
-            twin.replace(position, value)
+        for name, value in changes.items():
+            twin.replace(name, value)
         return twin
 
-    def replace(self, position: int, value: Any) -> None:
+    def replace(self, name: str, value: Any) -> None:
         """Exchange one argument for another of the same type."""
+        position = self.kernel.arg_names.index(name)
         if self._all_args[position] is not value:
             changed = [*self._all_args]
             changed[position] = value
@@ -214,15 +210,15 @@ class StepLauncher:
         """The same launches over other tables."""
         twin = copy.copy(self)
         twin.tables = tables
-        at = {ADDRESSES: tables.addresses, VALUES: tables.values, POINTERS: tables.pointers}
-        twin.begins = {key: launch.replaced(at) for key, launch in self.begins.items()}
-        at = {STEP_ADDRESSES: tables.addresses}
-        twin.steps = [launch.replaced(at) for launch in self.steps]
+        addresses, groups, pointers = tables.addresses, tables.values, tables.pointers
+        twin.begins = {
+            key: launch.replaced(addresses_ptr=addresses, groups_ptr=groups, pointers_ptr=pointers)
+            for key, launch in self.begins.items()
+        }
+        twin.steps = [launch.replaced(addresses_ptr=addresses) for launch in self.steps]
         return twin
 
-    def fire(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool = False
-    ) -> None:
+    def fire(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Run the step; ``grad_scale`` and ``found_inf`` are fp32 on the same device.
 
         Raises:
@@ -233,9 +229,9 @@ class StepLauncher:
         if first is None:
             first = self.begins[key] = self._begin(*key)
         if grad_scale is not None:
-            first.replace(GRAD_SCALE, grad_scale)
+            first.replace("grad_scale_ptr", grad_scale)
         if found_inf is not None:
-            first.replace(FOUND_INF, found_inf)
+            first.replace("found_inf_ptr", found_inf)
         if capturing and not all(launch.loaded for launch in (first, *self.steps)):
             raise RuntimeError(
                 "a CUDA graph cannot capture a step whose kernels are not loaded; make a step like"

@@ -91,6 +91,7 @@ class AGCOptimizer(Optimizer):
         check_nonfinite(nonfinite)
         self.backend, self.nonfinite, self._skipped = backend, nonfinite, SkippedUnits()
         self._block_plans, self._checked = BlockPlans(), CheckedGroups()
+        self._captured: list[Any] = []  # as of FusedStep
         self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         torch_init: Any = super().__init__
         torch_init(params, *args, **kwargs)
@@ -133,6 +134,7 @@ class AGCOptimizer(Optimizer):
             self._block_plans = BlockPlans()  # old ones keep the memory of the states replaced
             self.__dict__.setdefault("_skipped", SkippedUnits())
             self.__dict__.setdefault("_checked", CheckedGroups())
+            self.__dict__.setdefault("_captured", [])
             self._fill_groups(before)
             if kept:
                 for index, group in enumerate(self.param_groups):
