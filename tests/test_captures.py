@@ -103,15 +103,16 @@ def test_graphs_keep_their_own_gradients(name: str, monkeypatch: pytest.MonkeyPa
     run.eager(0)
     plan = run.optimizer._plan
     graphs = []
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         grads = make_grads(seed)
         set_grads(run.params, grads)
         with capture(monkeypatch) as graph:
             run.optimizer.step()
         graphs.append((graph, grads))
-    for seed, (graph, grads) in enumerate((*graphs, *graphs), 4):
+    for graph, grads in (*graphs, graphs[0]):
         run.replay(graph, grads)
-        run.eager(seed)
+    run.eager(3)
+    run.replay(*graphs[1])
     assert run.optimizer._plan is plan
 
 

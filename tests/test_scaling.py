@@ -63,6 +63,8 @@ def test_writes_and_draws_every_case(
     monkeypatch.setattr(scaling, "PASSES", 2)
     monkeypatch.setattr(scaling, "ROUNDS", Rounds(1, 1))
     monkeypatch.setattr(scaling, "THREADS", 1)
+    monkeypatch.setattr(scaling, "GROUPED_ELEMENTS", 3_000)
+    monkeypatch.setattr(scaling, "GROUPED_TENSORS", 300)
     out = tmp_path / "new" / "rows.csv"
     scaling.main(["--max-elements", "1e5", "--plot", "--out", str(out)])
     table = pd.read_csv(out)
