@@ -37,4 +37,4 @@ coverage: $(INSTALLED)
 
 # Plants small faults in copies of the tree, one at a time; the tests must find each.
 mutations: $(INSTALLED)
-	$(PYTHON) -m tests.mutations
+	$(PYTHON) -m tests.meta.mutations

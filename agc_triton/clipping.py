@@ -11,8 +11,8 @@ from torch import Tensor
 
 from agc_triton import dispatch
 from agc_triton.norms import clip_factors, unit_norms
-from agc_triton.reference import clip_grads_
 from agc_triton.rule import Clip
+from agc_triton.torch_path.step import clip_grads_
 from agc_triton.units import norm_dims, resolve_unit_dim
 from agc_triton.validation import (
     check_grad,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton.plan import ClipPlan, OptimizerPlan
+from agc_triton.torch_path.slices import PLAIN
+from agc_triton.triton_path.plan import ClipPlan, OptimizerPlan
 from agc_triton.units import has_units, memory_order
 from agc_triton.validation import tensor_name
-from agc_triton.walks import PLAIN
 
 if TYPE_CHECKING:
     from agc_triton.optim.optimizer import AGCOptimizer
@@ -53,7 +53,7 @@ def kernels_missing() -> str | None:
         version = importlib.import_module("triton").__version__
         if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
             return f"triton {version} is older than {'.'.join(map(str, TRITON_NEEDED))}"
-        importlib.import_module("agc_triton.kernels.launch")
+        importlib.import_module("agc_triton.triton_path.launches")
     except (ImportError, ValueError) as error:
         return f"the kernels cannot be imported ({error})"
     return None
@@ -61,7 +61,7 @@ def kernels_missing() -> str | None:
 
 @functools.cache
 def _launch() -> Any:
-    return importlib.import_module("agc_triton.kernels.launch")
+    return importlib.import_module("agc_triton.triton_path.launches")
 
 
 def asks_for_torch(group: Mapping[str, Any]) -> str | None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from agc_triton import dispatch
-from agc_triton.buckets import Bucket, TensorUnits, plan_buckets
-from agc_triton.fused import ALIGNMENT, kernel_layout
+from agc_triton.triton_path.buckets import Bucket, TensorUnits, plan_buckets
+from agc_triton.triton_path.tables import ALIGNMENT, kernel_layout
 from agc_triton.units import has_units, resolve_unit_dim
 
 if TYPE_CHECKING:

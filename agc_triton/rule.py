@@ -24,6 +24,12 @@ class TensorLists(NamedTuple):
     states: tuple[list[Tensor], ...]
     steps: list[Tensor]
 
+    @property
+    def misshapen(self) -> bool:
+        """Whether a state has not the shape of its parameter; one not yet there has none."""
+        pairs = (zip(self.params, role, strict=True) for role in self.states if role)
+        return any(s is not None and s.shape != p.shape for role in pairs for p, s in role)
+
     def select(self, indices: list[int]) -> TensorLists:
         """The entries at these indices."""
         states = tuple(at(indices, state) for state in self.states)

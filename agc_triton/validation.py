@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton.layouts import Layouts
+from agc_triton.snapshot import Layouts
+from agc_triton.torch_path.slices import PLAIN
 from agc_triton.units import resolve_unit_dim
-from agc_triton.walks import PLAIN
 
 if TYPE_CHECKING:
     from agc_triton.rule import KernelRule

@@ -15,10 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from agc_triton.buckets import BucketPlan, TileShape
-from agc_triton.kernels import launch
 from agc_triton.kernels.begin import begin
 from agc_triton.kernels.step import step
+from agc_triton.triton_path import launches
+from agc_triton.triton_path.buckets import BucketPlan, TileShape
 
 # Per multiprocessor (NVIDIA's tuning guides: A100, H100, H200).
 REGISTERS_PER_SM = 65536
@@ -40,19 +40,19 @@ def compile_step(
     shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype, arch: str
 ) -> Any:
     """`step` for one tile shape; ``arch`` is 80, 90, ... or gfx942."""
-    constants = launch.step_constants(shape, rule, flags, states, dtype)
+    constants = launches.step_constants(shape, rule, flags, states, dtype)
     return _compile(step, constants, dtype, shape.num_warps, arch)
 
 
 def compile_begin(plan: BucketPlan, rule: str, dtype: torch.dtype, arch: str) -> Any:
     """`begin` with everything switched on."""
-    constants = launch.begin_constants(plan, rule, dtype, True, True, True)
+    constants = launches.begin_constants(plan, rule, dtype, True, True, True)
     return _compile_begin(tuple(constants.items()), dtype, arch)
 
 
 @functools.cache
 def _compile_begin(constants: tuple[tuple[str, Any], ...], dtype: torch.dtype, arch: str) -> Any:
-    return _compile(begin, dict(constants), dtype, launch.BEGIN_WARPS, arch)
+    return _compile(begin, dict(constants), dtype, launches.BEGIN_WARPS, arch)
 
 
 _TYPES = {
@@ -78,7 +78,7 @@ def _compile(
     source = ASTSource(kernel, signature, constants, attributes)
     hip = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch), 32)
-    return triton.compile(source, target=target, options=launch.compile_options(num_warps, hip))
+    return triton.compile(source, target=target, options=launches.compile_options(num_warps, hip))
 
 
 @functools.cache

@@ -40,7 +40,7 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from agc_triton import AdamW_AGC
-from agc_triton.kernels.launch import Launch
+from agc_triton.triton_path.launches import Launch
 from benchmarks import growth, plots
 from benchmarks.arguments import check_file, positive
 from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version, write

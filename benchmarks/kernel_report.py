@@ -25,8 +25,8 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
-from agc_triton.buckets import Bucket, BucketPlan, TensorUnits, plan_buckets
-from agc_triton.kernels import launch
+from agc_triton.triton_path import launches
+from agc_triton.triton_path.buckets import Bucket, BucketPlan, TensorUnits, plan_buckets
 from agc_triton.units import memory_order, unit_layout
 from benchmarks.arguments import check_file
 from benchmarks.compiled import (
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/kernel_report.csv"))
     args = parser.parse_args(argv)
     check_file(parser, args.out)
-    if launch.interpreted():
+    if launches.interpreted():
         parser.error("kernels are not compiled under TRITON_INTERPRET=1; unset it")
     table = report(args.models, args.optimizers, args.dtypes, args.arch)
     write(table, args.out)

@@ -2,7 +2,7 @@
 
 python -m benchmarks.torch_path            every implementation
 python -m benchmarks.torch_path --quick    the most telling ones, in half a minute
-python -m benchmarks.torch_path --sweep    what BLOCK in agc_triton/blocks.py is chosen from
+python -m benchmarks.torch_path --sweep    what BLOCK in torch_path/blocks.py is chosen from
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from agc_triton import blocks
+from agc_triton.torch_path import blocks
 from benchmarks.arguments import check_file
 from benchmarks.providers import OPTIMIZERS, Provider, Role, providers
 from benchmarks.runner import COLUMNS, Rounds, measure, write

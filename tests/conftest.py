@@ -10,8 +10,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from agc_triton import blocks
-from agc_triton.fused import Tables
+from agc_triton.torch_path import blocks
+from agc_triton.triton_path.tables import Tables
 
 # Read when agc_triton.kernels is imported: without a GPU its kernels run on CPU tensors.
 if not torch.cuda.is_available():

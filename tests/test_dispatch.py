@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from agc_triton import SGD_AGC, AdamW_AGC, RMSprop_AGC, adaptive_clip_grad_, dispatch
-from tests.helpers import OURS, nothing_changes, same
-from tests.triton_cases import DEVICE, make_grad, make_weight
+from tests.support.helpers import OURS, nothing_changes, same
+from tests.support.triton_cases import DEVICE, make_grad, make_weight
 
 every_class = pytest.mark.parametrize("cls", OURS)
 
@@ -80,9 +80,9 @@ for make in (agc_triton.SGD_AGC, agc_triton.AdamW_AGC):
     make([param], lr=0.1).step()
 agc_triton.AGC(torch.optim.SGD([param])).step()
 agc_triton.adaptive_clip_grad_([param])
-assert "agc_triton.kernels.launch" not in sys.modules
+assert "agc_triton.triton_path.launches" not in sys.modules
 agc_triton.AdamW_AGC([param], backend="triton")
-assert "agc_triton.kernels.launch" in sys.modules
+assert "agc_triton.triton_path.launches" in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -228,7 +228,7 @@ def test_what_becomes_unfit_in_mid_training() -> None:
 
 
 def test_the_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = importlib.import_module("agc_triton.kernels.launch")
+    launch = importlib.import_module("agc_triton.triton_path.launches")
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     param = make_param("cpu")
     with nothing_changes([param]), pytest.raises(RuntimeError, match="Triton needs a GPU"):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from agc_triton import SGD_AGC
-from tests.cases import NAMES, STATEFUL, Kwargs, build, in_order
-from tests.triton_cases import DEVICE, TRITON, bucket_plans, make_grad, make_weight
-from tests.triton_training import unaligned
+from tests.support.cases import NAMES, STATEFUL, Kwargs, build, in_order
+from tests.support.triton_cases import DEVICE, TRITON, bucket_plans, make_grad, make_weight
+from tests.support.triton_training import unaligned
 
 SHAPES = ((3, 20), (7, 1, 1, 1), (2, 700), (1, 2, 10_245))
 SUMS = ["tensors", "units", "elements", "bytes", "launches"]

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from agc_triton import dispatch, reference
-from agc_triton.block_plan import BlockPlans
+from agc_triton import dispatch
 from agc_triton.nonfinite import SkippedUnits, check_finite, check_nonfinite
 from agc_triton.optim.documentation import AGC_DOC
-from agc_triton.plan import OptimizerPlan
 from agc_triton.rule import Batches, Clip, Rule
+from agc_triton.torch_path import step as reference
+from agc_triton.torch_path.plan import BlockPlans
+from agc_triton.triton_path.plan import OptimizerPlan
 from agc_triton.validation import (
     AGC_OPTIONS,
     CheckedGroups,
@@ -248,7 +249,10 @@ class AGCOptimizer(Optimizer):
         ready: list[Callable[[], None]] = []
         for index, (group, batches) in enumerate(self._created(groups)):
             if not group["clipping"]:
-                args = self.rule, batches, group, scale, found_inf
+                first = next(batches)
+                if first[0].misshapen:
+                    self._check_shapes(first[0].params, group)
+                args = self.rule, chain([first], batches), group, scale, found_inf
                 ready.append(partial(reference.step_unclipped, *args))
                 continue
             clip = Clip.of(group, self._skipping())

@@ -1,0 +1,1 @@
+"""The torch path: blocks of whole units, torch's own update functions."""

@@ -1,0 +1,91 @@
+"""Small tensors copied side by side, so that one call serves all whose units are equally long."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from agc_triton.norms import clip_factors, norm_dtype
+from agc_triton.rule import Clip
+from agc_triton.torch_path.scratch import Scratch
+from agc_triton.torch_path.slices import Cut, Part, Tensors, cut_out
+
+
+class Joined:
+    """A block (see `agc_triton.torch_path.blocks.Single`) of several tensors and their whole units.
+
+    Units of one length are the rows of a matrix; all matrices lie in one piece of memory.
+    """
+
+    def __init__(self, cuts: list[Cut], params: Tensors, states: Sequence[Tensors]) -> None:
+        cuts = sorted(cuts, key=_length)
+        self.whole = cut_out(cuts, params, states)
+        self.parts = [self.whole]
+        self._units = [cut.walk.layout.units for cut in cuts]
+        rows: defaultdict[int, int] = defaultdict(int)
+        for cut, units in zip(cuts, self._units, strict=True):
+            rows[_length(cut)] += units
+        self._rows = list(rows.values())
+        like = self.whole.params
+        sizes, dtype = [p.numel() for p in like], like[0].dtype
+
+        def side_by_side(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+            memory = torch.empty(sum(sizes), dtype=dtype, device="cpu")
+            pieces = zip(torch.split(memory, sizes), like, strict=True)
+            return memory, [m if p.dim() == 1 else m.view(p.shape) for m, p in pieces]
+
+        self._memory, self._views = side_by_side(norm_dtype(dtype))
+        matrices = torch.split(self._memory, [n * length for length, n in rows.items()])
+        self._matrices = [m.view(n, -1) for m, n in zip(matrices, self._rows, strict=True)]
+        self._clipped, self._room = self._memory, self._views
+        if dtype != self._memory.dtype:
+            self._clipped, self._room = side_by_side(dtype)
+
+    def factors(
+        self, grads: list[Tensor], clip: Clip, grad_scale: Tensor | None, _scratch: Scratch
+    ) -> Tensor:
+        """The units' factors in one vector, for the gradients as they lie here unscaled."""
+        torch._foreach_copy_(self._views, self.whole.params)
+        p_norms = self._norms()
+        torch._foreach_copy_(self._views, grads)
+        if grad_scale is not None:
+            self._memory.div_(grad_scale)
+        return clip_factors(p_norms, self._norms(), clip)
+
+    def room(self, _part: Part, _scratch: Scratch) -> list[Tensor]:
+        """Where the clipped gradients will be."""
+        return self._room
+
+    def scale(
+        self, _grads: list[Tensor], factors: Tensor, _room: list[Tensor], _scratch: Scratch
+    ) -> None:
+        """Clip the gradients that `factors` left here."""
+        self._scale(factors)
+
+    def scale_(self, grads: list[Tensor], factors: Tensor) -> None:
+        """Clip what `factors` left here, and copy it back."""
+        self._scale(factors)
+        torch._foreach_copy_(grads, self._room)
+
+    def _scale(self, factors: Tensor) -> None:
+        for matrix, some in zip(self._matrices, torch.split(factors, self._rows), strict=True):
+            matrix.mul_(some[:, None])
+        if self._clipped is not self._memory:
+            self._clipped.copy_(self._memory)
+
+    def each(self, factors: Tensor) -> list[Tensor]:
+        """The factors of every tensor; a 0-dim one is that of a tensor which is one unit."""
+        own = zip(torch.split(factors, self._units), self._views, strict=True)
+        return [f.view(() if len(f) == 1 else (-1, *[1] * (view.dim() - 1))) for f, view in own]
+
+    def _norms(self) -> Tensor:
+        """Of all units here."""
+        return torch.cat([torch.linalg.vector_norm(m, dim=1) for m in self._matrices])
+
+
+def _length(cut: Cut) -> int:
+    """Elements per unit."""
+    return cut.walk.layout.outer * cut.walk.layout.inner

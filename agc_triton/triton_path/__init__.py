@@ -1,0 +1,1 @@
+"""The Triton path: address tables, buckets of tiles, a handful of launches."""

@@ -1,0 +1,88 @@
+"""GradScaler's gradients are unscaled once, then clipped, by every class and every wrapped base."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+from torch.optim import SGD, Adagrad, Adam, AdamW
+
+from agc_triton import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
+from tests.support.helpers import make_params, same, set_grads, train
+
+pytestmark = pytest.mark.usefixtures("either_block")
+
+FUSED = (SGD_AGC, Adam_AGC, AdamW_AGC)
+FUSED_BASES = (SGD, Adam, AdamW, Adagrad)
+
+
+def make_class(cls: Any, params: Any, fused: bool) -> Any:
+    return cls(params, lr=0.1, clipping=0.02, fused=fused)
+
+
+def make_rmsprop(cls: Any, params: Any, fused: bool) -> Any:
+    return cls(params, lr=0.1, clipping=0.02)
+
+
+def make_wrapped(cls: Any, params: Any, fused: bool) -> Any:
+    return AGC(cls(params, lr=0.1, fused=fused), clipping=0.02)
+
+
+every_optimizer = pytest.mark.parametrize(
+    ("make", "cls", "fused"),
+    [
+        *((make_class, cls, fused) for cls in FUSED for fused in (False, True)),
+        *((make_wrapped, cls, fused) for cls in FUSED_BASES for fused in (False, True)),
+        (make_rmsprop, RMSprop_AGC, False),
+    ],
+)
+
+
+def scaled_grads(params: list[Parameter], seed: int, scaler: torch.amp.GradScaler) -> None:
+    set_grads(params, seed)
+    scale = scaler.scale(torch.ones(()))
+    for p in params:
+        assert p.grad is not None
+        p.grad *= scale
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+@every_optimizer
+def test_gradients_are_unscaled_once_before_the_clip(
+    make: Any, cls: Any, fused: bool, unscale_first: bool
+) -> None:
+    ours, theirs = make_params(), make_params()
+    optimizer, expected = (
+        make(cls, [{"params": params[:2]}, {"params": params[2:], "clipping": 0}], fused)
+        for params in (ours, theirs)
+    )
+    # A power of two scales exactly, so that the two runs agree to the bit.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for seed in range(3):
+        scaled_grads(ours, seed, scaler)
+        if unscale_first:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        train(expected, theirs, range(seed, seed + 1))
+    assert same(ours, theirs)
+    assert same(optimizer.state_dict(), expected.state_dict())
+
+
+@every_optimizer
+def test_a_step_with_an_infinite_gradient_is_skipped(make: Any, cls: Any, fused: bool) -> None:
+    params = make_params()
+    optimizer = make(cls, params, fused)
+    train(optimizer, params, range(1))
+    before = copy.deepcopy((params, optimizer.state_dict()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaled_grads(params, 1, scaler)
+    assert params[0].grad is not None
+    params[0].grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert same(before, (params, optimizer.state_dict()))
+    assert scaler.get_scale() == 4.0

@@ -1,0 +1,82 @@
+"""The configurations that torch tests its own optimizers with, where no unit is over its limit.
+
+The torch path without clipping, and its modes with, are in test_torch_parity, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
+
+from tests.support.cases import NAMES, build, step_with, tolerance_key
+from tests.support.helpers import PAIRS
+from tests.support.oracle import Oracle
+from tests.support.tolerances import TOLERANCES
+from tests.support.triton_cases import KernelOracle, make_grad, make_weight, on_device, states_of
+
+INFOS: dict[str, Any] = {info.name: info for info in optim_db if info.name in NAMES}
+SHAPES = ((4, 24), (7,), (), (2, 3, 2))
+STEPS = 3
+UNREACHED: dict[str, Any] = {"clipping": 1e4}  # gradients are at most twice their weights
+
+# torch lists capturable for CUDA only; the kernels take it wherever they run.
+INPUTS = [
+    pytest.param(name, given.kwargs, id=f"{name}: {given.desc}")
+    for name, info in INFOS.items()
+    for given in info.optim_inputs_func(device="cuda")
+]
+
+
+def make_weights() -> list[Tensor]:
+    return [make_weight(shape, seed=i).float() for i, shape in enumerate(SHAPES)]
+
+
+def check_steps(oracle: Oracle, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
+    """Steps on one sequence of gradients, whoever takes them."""
+    for step in range(STEPS):
+        grads = [make_grad(shape, seed=10 * step + i).float() for i, shape in enumerate(SHAPES)]
+        oracle.step(grads)
+        step_with(optimizer, params, [g.to(p.device) for p, g in zip(params, grads, strict=True)])
+        oracle.check(params, states_of(optimizer, params))
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+@pytest.mark.parametrize(("name", "options"), INPUTS)
+def test_nothing_is_clipped_and_torchs_numbers_come_out(name: str, options: dict[str, Any]) -> None:
+    known = {key: value for key, value in options.items() if key != "capturable"}
+    # One float64 oracle that knows no clipping for torch.optim and for both paths.
+    tolerance = TOLERANCES[tolerance_key(torch.float32, name, known, "default")]
+    theirs, ours, kernels = make_weights(), make_weights(), on_device(make_weights())
+    expected = getattr(torch.optim, name)(theirs, **copy.deepcopy(known))
+    check_steps(Oracle(name, theirs, tolerance, **known, clipping=None), expected, theirs)
+    optimizer = build(name, ours, copy.deepcopy({**known, **UNREACHED}))
+    check_steps(Oracle(name, ours, tolerance, **known, clipping=None), optimizer, ours)
+    given = {**on_device(copy.deepcopy(options)), **UNREACHED, "backend": "triton"}
+    oracle = KernelOracle(name, kernels, **known, clipping=None)
+    check_steps(oracle, build(name, kernels, given), kernels)
+
+
+ERROR_INPUTS = [
+    pytest.param(name, case, id=f"{name}: {case.optimizer_error_input.desc}")
+    for name, info in INFOS.items()
+    for case in info.optim_error_inputs_func("cpu", torch.float32)
+]
+
+
+@pytest.mark.parametrize(("name", "case"), ERROR_INPUTS)
+def test_backend_triton_raises_torchs_errors(name: str, case: Any) -> None:
+    # backend="auto" is in test_torch_errors.
+    assert case.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
+    given = case.optimizer_error_input
+    params = [Parameter(torch.ones(2, 3))] if given.params is None else given.params
+    cls = getattr(torch.optim, name)
+    with pytest.raises(case.error_type, match=case.error_regex):
+        PAIRS[cls](copy.deepcopy(params), **given.kwargs, backend="triton")

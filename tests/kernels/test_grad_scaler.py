@@ -1,0 +1,202 @@
+"""Loss scaling on the Triton path: unscaling, found_inf and step counts inside the kernels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.cases import NAMES, STATEFUL, build
+from tests.support.helpers import same
+from tests.support.triton_cases import (
+    CLIPPING,
+    DEVICE,
+    TRITON,
+    KernelOracle,
+    make_grad,
+    make_weight,
+    states_of,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_scratch")
+
+SHAPES = ((3, 20), (7, 1, 1, 1))
+LONG = (*SHAPES, (1, 2, 10_245))  # with a unit that is summed in parts
+SCALE = 2.0**12  # a power of two scales exactly
+every_rule = pytest.mark.parametrize("name", NAMES)
+
+
+def make_params(shapes: Any = SHAPES, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [make_weight(shape, seed=i).to(DEVICE, dtype) for i, shape in enumerate(shapes)]
+
+
+def make_grads(seed: int, shapes: Any = SHAPES, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [make_grad(s, seed=10 * seed + i).to(DEVICE, dtype) for i, s in enumerate(shapes)]
+
+
+def step_scaled(
+    optimizer: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    scale: Tensor | None,
+    found_inf: float,
+) -> None:
+    """What torch.amp.GradScaler does with an optimizer that takes scaled gradients."""
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad if scale is None else grad * scale.item()
+    before = [p.grad.clone() for p in params if p.grad is not None]
+    optimizer.grad_scale = scale
+    optimizer.found_inf = torch.full((), found_inf, device=DEVICE)
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+    assert same([p.grad for p in params], before)
+
+
+@pytest.mark.parametrize("shape", [None, (), (1,)], ids=str)
+@every_rule
+def test_unscales_before_it_clips(name: str, shape: tuple[int, ...] | None) -> None:
+    options = {**STATEFUL[name], **TRITON}
+    shapes = LONG if name == "SGD" else SHAPES
+    params = make_params(shapes)
+    optimizer = build(name, params, options)
+    oracle = KernelOracle(name, params, **options)
+    for seed in range(2):
+        # None: GradScaler.unscale_ has been called before. A scaler may come with another tensor.
+        scale = None if shape is None else torch.full(shape, SCALE * 2**seed, device=DEVICE)
+        grads = make_grads(seed, shapes)
+        oracle.step(grads)
+        step_scaled(optimizer, params, grads, scale, 0.0)
+        oracle.check(params, states_of(optimizer, params))
+
+
+@every_rule
+def test_norms_of_scaled_half_precision_gradients_do_not_overflow(name: str) -> None:
+    options = {**STATEFUL[name], **TRITON, "clipping": CLIPPING}
+    options |= {"eps": 0.1} if name != "SGD" else {}
+    options |= {"centered": False} if name == "RMSprop" else {}
+    params = make_params(dtype=torch.float16)
+    optimizer = build(name, params, options)
+    oracle = KernelOracle(name, params, **options)
+    grads = make_grads(0, dtype=torch.float16)
+    oracle.step(grads)
+    # Their squares are out of fp16's range.
+    step_scaled(optimizer, params, grads, torch.tensor(128.0, device=DEVICE), 0.0)
+    oracle.check(params, states_of(optimizer, params))
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@every_rule
+def test_nothing_moves_where_inf_was_found(name: str, before: int) -> None:
+    options = {**STATEFUL[name], **TRITON}
+    params = make_params()
+    optimizer = build(name, params, options)
+    scale = torch.tensor(SCALE, device=DEVICE)
+    oracle = KernelOracle(name, params, **options)
+    for seed in range(before):
+        grads = make_grads(seed)
+        oracle.step(grads)
+        step_scaled(optimizer, params, grads, scale, 0.0)
+    kept = copy.deepcopy((params, states_of(optimizer, params)))
+    step_scaled(optimizer, params, [g * torch.inf for g in make_grads(5)], scale, 1.0)
+    if before:
+        assert same((params, states_of(optimizer, params)), kept)
+    else:  # as torch.optim's fused=True leaves it: created, all zeros
+        assert same(params, kept[0])
+        assert not any(
+            bool(x.any()) for state in states_of(optimizer, params) for x in state.values()
+        )
+    # The next step is the one that was skipped: the first, if none has been taken.
+    grads = make_grads(before)
+    oracle.step(grads)
+    step_scaled(optimizer, params, grads, scale, 0.0)
+    oracle.check(params, states_of(optimizer, params))
+
+
+def test_a_skipped_first_step_keeps_momentum_undamped() -> None:
+    options: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "dampening": 0.4, **TRITON}
+    params = make_params()
+    optimizer, oracle = build("SGD", params, options), KernelOracle("SGD", params, **options)
+    scale = torch.tensor(SCALE, device=DEVICE)
+    step_scaled(optimizer, params, make_grads(5), scale, 1.0)
+    for seed in range(2):
+        grads = make_grads(seed)
+        oracle.step(grads)
+        step_scaled(optimizer, params, grads, scale, 0.0)
+        oracle.check(params, states_of(optimizer, params))
+
+
+def test_a_late_first_gradient_after_a_skipped_step() -> None:
+    options: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "dampening": 0.4, **TRITON}
+    params = make_params()
+    optimizer, oracle = build("SGD", params, options), KernelOracle("SGD", params, **options)
+    scale = torch.tensor(SCALE, device=DEVICE)
+    step_scaled(optimizer, params[:2], make_grads(5)[:2], scale, 1.0)
+    for seed in range(2):
+        grads = make_grads(seed)
+        oracle.step(grads)
+        step_scaled(optimizer, params, grads, scale, 0.0)
+        oracle.check(params, states_of(optimizer, params))
+
+
+def test_groups_that_are_not_clipped_are_unscaled_and_skipped_too() -> None:
+    params = make_params()
+    options = {**STATEFUL["AdamW"], **TRITON, "clipping": 0}
+    optimizer = build("AdamW", params, options)
+    oracle = KernelOracle("AdamW", params, **options)
+    scale = torch.tensor(SCALE, device=DEVICE)
+    for seed, found_inf in enumerate((0.0, 1.0, 0.0)):
+        grads = make_grads(seed)
+        if not found_inf:
+            oracle.step(grads)
+        step_scaled(optimizer, params, grads, scale, found_inf)
+        oracle.check(params, states_of(optimizer, params))
+
+
+def test_parameters_on_the_torch_path_are_scaled_and_skipped_alike() -> None:
+    params = make_params()
+    empty = torch.zeros(0, 3, device=DEVICE)
+    options = {**STATEFUL["AdamW"], **TRITON}
+    optimizer = build("AdamW", [*params, empty], options)
+    oracle = KernelOracle("AdamW", params, **options)
+    scale = torch.tensor(SCALE, device=DEVICE)
+    for seed, found_inf in enumerate((0.0, 1.0, 0.0)):
+        grads = make_grads(seed)
+        if not found_inf:
+            oracle.step(grads)
+        step_scaled(optimizer, [*params, empty], [*grads, empty.clone()], scale, found_inf)
+        oracle.check(params, states_of(optimizer, params))
+    assert float(optimizer.state[empty]["step"]) == 2.0
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+@every_rule
+def test_grad_scaler(name: str, unscale_first: bool) -> None:
+    options = {**STATEFUL[name], **TRITON}
+    params = make_params()
+    optimizer: Any = build(name, params, options)
+    assert optimizer._step_supports_amp_scaling
+    oracle = KernelOracle(name, params, **options)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=SCALE, growth_interval=1)
+    scales = []
+    for seed in range(3):
+        grads = make_grads(seed)
+        scale = scaler.scale(torch.ones((), device=DEVICE)).item()
+        scales.append(scale / SCALE)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad * scale
+        if seed == 1:
+            assert params[1].grad is not None
+            params[1].grad[3] = torch.inf
+        else:
+            oracle.step(grads)
+        if unscale_first:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        oracle.check(params, states_of(optimizer, params))
+    assert scales == [1.0, 2.0, 1.0]
+    assert not hasattr(optimizer, "found_inf")

@@ -1,0 +1,406 @@
+"""AGC around torch's optimizers and around one as third parties write them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import LBFGS, SGD, Adagrad, AdamW, Optimizer, SparseAdam
+from torch.optim.lr_scheduler import StepLR
+
+from agc_triton import AGC, adaptive_clip_grad_
+from tests.support.helpers import PAIRS, make_params, random_grad, same, set_grads, train
+
+CLIPPING = 0.02
+Closure = Callable[[], float]
+
+
+def torch_optimizers() -> list[Any]:
+    classes = [c for c in vars(torch.optim).values() if isinstance(c, type)]
+    return [c for c in classes if issubclass(c, Optimizer) and c is not Optimizer]
+
+
+# All with and without a closure; LBFGS cannot do without, and reevaluates in its line search.
+CASES = [
+    *((c, {}, False) for c in torch_optimizers() if c not in (LBFGS, SparseAdam)),
+    *((c, {}, True) for c in torch_optimizers() if c is not SparseAdam),
+    (LBFGS, {"line_search_fn": "strong_wolfe"}, True),
+]
+
+
+class SharpnessAware(Optimizer):
+    """As third parties write them: two evaluations per step, an entry of its own in checkpoints."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.updates = 0
+
+    def zero_grad(self) -> None:  # type: ignore[override]  # apex's FusedAdam takes no argument
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates = state_dict["updates"]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "updates"})
+
+    @torch.no_grad()
+    def step(self, closure: Closure) -> float:  # type: ignore[override]  # it needs one
+        evaluate = torch.enable_grad()(closure)
+        loss = evaluate()
+        moves = [(p, 0.05 * p.grad) for g in self.param_groups for p in g["params"]]
+        for p, move in moves:
+            p.add_(move)
+        evaluate()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+        for p, move in moves:
+            p.sub_(move)
+        self.updates += 1
+        return loss
+
+    def evaluate(self) -> str:
+        return "a method that torch's optimizers do not have"
+
+
+def backward(params: list[Parameter], seed: int = 0) -> Tensor:
+    """A loss whose gradient depends on the parameters; rows are under and over their limits."""
+    for p in params:
+        p.grad = None
+    loss = sum(((p - 3) ** 2 * random_grad(p, seed)).sum() for p in params)
+    assert isinstance(loss, Tensor)
+    torch.autograd.backward(loss)
+    return loss
+
+
+def params_for(cls: Any) -> list[Parameter]:
+    # Muon takes matrices only.
+    return make_params([(6, 5), (4, 3)]) if cls.__name__ == "Muon" else make_params()
+
+
+def sgd(**options: Any) -> tuple[list[Parameter], SGD]:
+    params = make_params()
+    return params, SGD(params, lr=0.1, momentum=0.9, **options)
+
+
+@pytest.mark.parametrize(("cls", "options", "with_closure"), CASES)
+def test_steps_as_the_base_does_on_clipped_gradients(
+    cls: Any, options: dict[str, Any], with_closure: bool
+) -> None:
+    ours, theirs = params_for(cls), params_for(cls)
+    wrapped, base = AGC(cls(ours, **options), CLIPPING), cls(theirs, **options)
+    calls = {"ours": 0, "theirs": 0}
+
+    def evaluate() -> Tensor:
+        calls["ours"] += 1
+        return backward(ours)
+
+    def evaluate_and_clip() -> Tensor:
+        calls["theirs"] += 1
+        loss = backward(theirs)
+        adaptive_clip_grad_(theirs, CLIPPING)
+        return loss
+
+    for _ in range(3):
+        if with_closure:
+            assert same(wrapped.step(evaluate), base.step(evaluate_and_clip))  # type: ignore[arg-type]  # a Tensor, as in torch's examples
+        else:
+            evaluate()
+            evaluate_and_clip()
+            assert wrapped.step() is base.step() is None
+    assert calls["ours"] == calls["theirs"]
+    assert calls["ours"] > 3 or cls is not LBFGS
+    assert same(ours, theirs)
+    assert same(wrapped.state_dict()["state"], base.state_dict()["state"])
+    assert not same(ours, params_for(cls))
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+# torch's Adagrad makes a sparse tensor without saying whether it is to be checked.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+@pytest.mark.parametrize("cls", [SGD, Adagrad, SparseAdam])
+def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
+    cls: Any, coalesced: bool
+) -> None:
+    (ours,), (theirs,) = make_params([(7, 4)]), make_params([(7, 4)])
+    wrapped, base = AGC(cls([ours], lr=0.1), CLIPPING), cls([theirs], lr=0.1)
+    for seed in range(3):
+        values = random_grad(torch.empty(5, 4), seed)
+        for param in (ours, theirs):
+            grad = torch.sparse_coo_tensor(
+                torch.tensor([[5, 1, 5, 2, 1]]), values.clone(), (7, 4), check_invariants=True
+            )
+            param.grad = grad.coalesce() if coalesced else grad
+        adaptive_clip_grad_(theirs, CLIPPING)
+        wrapped.step()
+        base.step()
+    assert same(ours, theirs)
+    before = make_params([(7, 4)])[0]
+    moved = (ours != before).any(dim=1)
+    assert moved.tolist() == [False, True, True, False, False, True, False]
+
+
+def test_third_party_optimizers_keep_their_own_ways() -> None:
+    ours, theirs = make_params(), make_params()
+    wrapped, base = AGC(SharpnessAware(ours), CLIPPING), SharpnessAware(theirs)
+
+    def evaluate_and_clip() -> Tensor:
+        loss = backward(theirs)
+        adaptive_clip_grad_(theirs, CLIPPING)
+        return loss
+
+    for _ in range(3):
+        ours_loss = wrapped.step(lambda: backward(ours))  # type: ignore[arg-type, return-value]  # a Tensor, as in torch's examples
+        assert same(ours_loss, base.step(evaluate_and_clip))  # type: ignore[arg-type]  # likewise
+    assert same(ours, theirs)
+    assert wrapped.evaluate() == base.evaluate()
+    assert wrapped.updates == 3
+    saved = wrapped.state_dict()
+    assert saved["updates"] == 3
+    again = AGC(SharpnessAware(make_params()), clipping=0.5)
+    again.load_state_dict(saved)
+    assert again.updates == 3
+    assert again.param_groups[0]["clipping"] == CLIPPING
+
+
+class Lookahead(Optimizer):
+    """As timm's: around another optimizer, without torch's constructor, with hooks never called."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._optimizer_step_pre_hooks: dict[int, Any] = OrderedDict()
+        self.inner, self.defaults = inner, {**inner.defaults, "alpha": 0.5}
+        self.param_groups, self.state = inner.param_groups, inner.state
+        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
+        loss = self.inner.step(closure) if closure else self.inner.step()
+        params = [p for g in self.param_groups for p in g["params"]]
+        for p, slow in zip(params, self.slow, strict=True):
+            p.copy_(slow.lerp_(p, 0.5))
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_base_that_wraps_another_and_calls_no_hooks_is_clipped(with_closure: bool) -> None:
+    (ours, inner), (theirs, expected) = sgd(), sgd()
+    wrapped, base = AGC(Lookahead(inner), CLIPPING), Lookahead(expected)
+    for seed in range(3):
+        backward(ours, seed)
+        wrapped.step((lambda: 0.0) if with_closure else None)
+        backward(theirs, seed)
+        adaptive_clip_grad_(theirs, CLIPPING)
+        base.step()
+    assert same(ours, theirs)
+    assert same(inner.state_dict()["state"], expected.state_dict()["state"])
+
+
+def test_zero_grad_works_where_the_base_takes_no_argument() -> None:
+    params = make_params()
+    set_grads(params, 0)
+    AGC(SharpnessAware(params)).zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_is_the_bases(set_to_none: bool) -> None:
+    params, base = sgd()
+    set_grads(params, 0)
+    AGC(base).zero_grad(set_to_none)
+    if set_to_none:
+        assert all(p.grad is None for p in params)
+    else:
+        assert all(p.grad is not None and not p.grad.any() for p in params)
+
+
+@pytest.mark.parametrize("on_base", [False, True])
+def test_schedulers_take_the_wrapper_and_the_base(on_base: bool) -> None:
+    params, base = sgd()
+    wrapped = AGC(base)
+    scheduler = StepLR(base if on_base else wrapped, step_size=2, gamma=0.1)
+    rates = []
+    for seed in range(4):
+        set_grads(params, seed)
+        wrapped.step()
+        scheduler.step()
+        rates.append(wrapped.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    assert copy.deepcopy(wrapped).param_groups[0]["lr"] == rates[-1]
+
+
+def test_it_is_an_optimizer_that_shares_what_the_base_has() -> None:
+    params, base = sgd()
+    wrapped = AGC(base)
+    assert isinstance(wrapped, Optimizer)
+    train(wrapped, params, range(2))
+    for _ in range(2):
+        assert wrapped.param_groups is base.param_groups
+        assert wrapped.state is base.state
+        assert wrapped.defaults is base.defaults
+        wrapped.load_state_dict(copy.deepcopy(wrapped.state_dict()))
+    base.param_groups[0]["lr"] = 7.0
+    assert wrapped.param_groups[0]["lr"] == 7.0
+    assert same(wrapped.state_dict(), base.state_dict())
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = wrapped.no_such_thing
+
+
+def test_state_and_groups_can_be_replaced_as_on_any_optimizer() -> None:
+    params, base = sgd()
+    wrapped: Any = AGC(base)
+    train(wrapped, params, range(1))
+    wrapped.state = type(base.state)(dict)
+    wrapped.param_groups = [{**group, "lr": 0.5} for group in base.param_groups]
+    wrapped.defaults = {**base.defaults, "lr": 0.25}
+    assert not base.state
+    assert base.defaults["lr"] == 0.25
+    assert base.param_groups[0]["lr"] == 0.5
+
+
+def test_asking_for_anything_before_there_is_a_base_is_an_attribute_error() -> None:
+    # As pickle and copy make it; a look-up on a base that is not there would not end.
+    with pytest.raises(AttributeError, match="optimizer"):
+        _ = AGC.__new__(AGC).anything
+
+
+def test_group_settings_come_before_the_wrappers() -> None:
+    params = make_params([(4, 3)] * 4)
+    groups: list[dict[str, Any]] = [
+        {"params": params[:1]},
+        {"params": params[1:2], "clipping": 0.5},
+        {"params": params[2:3], "clipping": 0.0},
+    ]
+    base = SGD(groups, lr=1.0)
+    wrapped = AGC(base, clipping=0.1, agc_eps=0.01, unit_dim=1)
+    wrapped.add_param_group({"params": params[3:], "unit_dim": 0, "agc_eps": 100.0})
+    expected = [(0.1, 0.01, 1), (0.5, 0.01, 1), (0.0, 0.01, 1), (0.1, 100.0, 0)]
+    keys = ("clipping", "agc_eps", "unit_dim")
+    assert [tuple(g[k] for k in keys) for g in base.param_groups] == expected
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.full_like(p, 1000.0)
+    wrapped.step()
+    moves = [b - p.detach() for b, p in zip(before, params, strict=True)]
+    for i, clipping in ((0, 0.1), (1, 0.5)):
+        limit = clipping * before[i].norm(dim=0)
+        torch.testing.assert_close(moves[i].norm(dim=0), limit, rtol=1e-5, atol=1e-6)
+    assert torch.equal(params[2].detach(), before[2] - 1000.0)
+    torch.testing.assert_close(moves[3].norm(dim=1), torch.full((4,), 10.0), rtol=1e-5, atol=0)
+
+
+def test_a_group_changed_between_steps_is_heeded() -> None:
+    (param,) = make_params([(4, 3)])
+    wrapped = AGC(SGD([param], lr=1.0), clipping=0.1)
+    for clipping in (0.1, 0.5, None):
+        wrapped.param_groups[0]["clipping"] = clipping
+        before = param.detach().clone()
+        param.grad = torch.full_like(param, 1000.0)
+        wrapped.step()
+        limit = torch.full((4,), 3e6**0.5) if clipping is None else clipping * before.norm(dim=1)
+        moved = (before - param.detach()).norm(dim=1)
+        torch.testing.assert_close(moved, limit, rtol=1e-4, atol=0)
+
+
+def test_parameters_without_a_gradient_stay_as_they_are() -> None:
+    params, base = sgd()
+    wrapped = AGC(base)
+    wrapped.step()
+    set_grads(params[:1], 0)
+    wrapped.step()
+    assert same(params[1:], make_params()[1:])
+    assert set(wrapped.state) == {params[0]}
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("cls", [SGD, AdamW, Adagrad])
+def test_copies_go_on_as_the_original(cls: Any, copier: Callable[[Any], Any]) -> None:
+    params = make_params()
+    groups = [{"params": params[:2], "clipping": 0.5}, {"params": params[2:]}]
+    wrapped = AGC(cls(groups), CLIPPING, agc_eps=0.1, unit_dim=0)
+    train(wrapped, params, range(2))
+    params2, wrapped2 = copier((params, wrapped))
+    assert type(wrapped2) is AGC
+    assert type(wrapped2.optimizer) is cls
+    assert wrapped2.optimizer is not wrapped.optimizer
+    for optimizer, tensors in ((wrapped, params), (wrapped2, params2)):
+        train(optimizer, tensors, range(2, 4))
+    assert same(params, params2)
+    assert same(wrapped.state_dict(), wrapped2.state_dict())
+
+
+def saved_and_loaded(state_dict: dict[str, Any]) -> Any:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("through_base", [False, True])
+@pytest.mark.parametrize("cls", PAIRS)
+def test_a_plain_checkpoint_keeps_the_settings(cls: Any, through_base: bool) -> None:
+    params = make_params()
+    plain = cls(params, lr=0.05)
+    train(plain, params, range(2))
+    checkpoint = saved_and_loaded(plain.state_dict())
+
+    ours = copy.deepcopy(params)
+    groups = [{"params": ours, "clipping": 0.5}]
+    wrapped = AGC(cls(groups, lr=9.0), CLIPPING, agc_eps=0.1, unit_dim=0)
+    (wrapped.optimizer if through_base else wrapped).load_state_dict(checkpoint)
+    for seed in (2, 3):
+        set_grads(params, seed)
+        adaptive_clip_grad_(params, 0.5, 0.1, unit_dim=0)
+        plain.step()
+    train(wrapped, ours, range(2, 4))
+    (group,) = wrapped.param_groups
+    settings = tuple(group[key] for key in ("lr", "clipping", "agc_eps", "unit_dim"))
+    assert settings == (0.05, 0.5, 0.1, 0)
+    assert same(ours, params)
+    assert same(wrapped.state_dict()["state"], plain.state_dict()["state"])
+
+
+@pytest.mark.parametrize("cls", PAIRS)
+def test_its_checkpoints_load_into_the_plain_base_and_the_wrapper(cls: Any) -> None:
+    params = make_params()
+    wrapped = AGC(cls(params), CLIPPING)
+    train(wrapped, params, range(2))
+    plain_params, again_params = copy.deepcopy(params), copy.deepcopy(params)
+    plain, again = cls(plain_params), AGC(cls(again_params), clipping=0.7)
+    for loader in (plain, again):
+        loader.load_state_dict(saved_and_loaded(wrapped.state_dict()))
+    set_grads(plain_params, 2)
+    adaptive_clip_grad_(plain_params, CLIPPING)
+    plain.step()
+    train(wrapped, params, range(2, 3))
+    train(again, again_params, range(2, 3))
+    assert same(params, plain_params)
+    assert same(params, again_params)
+
+
+@pytest.mark.parametrize("cls", PAIRS)
+def test_agrees_with_the_class_of_the_same_name(cls: Any) -> None:
+    ours, theirs = make_params(dtype=torch.float64), make_params(dtype=torch.float64)
+    wrapped, fused = AGC(cls(ours), CLIPPING), PAIRS[cls](theirs, clipping=CLIPPING)
+    for seed in range(4):
+        train(wrapped, ours, range(seed, seed + 1))
+        train(fused, theirs, range(seed, seed + 1))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_repr_shows_the_base_with_the_settings() -> None:
+    _, base = sgd()
+    text = repr(AGC(base, clipping=0.25))
+    assert text.startswith("AGC(SGD (")
+    assert "clipping: 0.25" in text

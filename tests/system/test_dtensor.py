@@ -1,0 +1,84 @@
+"""``nonfinite`` with parameters that two ranks share: one rank's part of the gradient holds NaN."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.cases import NAMES, STATEFUL, build, randn
+from tests.support.helpers import same
+from tests.support.ranks import RANKS, on_ranks
+
+# Along the units, and across them: then both ranks hold a part of the unit with the NaN.
+SHARDED = (0, 1)
+CASES = list(itertools.product(NAMES, ("raise", "skip_unit"), SHARDED))
+
+
+def start() -> tuple[Tensor, Tensor]:
+    """A weight, and a gradient whose last element, on the last rank only, is NaN."""
+    weight, grad = (randn((4, 6), torch.float64, seed) for seed in range(2))
+    grad[3, 5] = torch.nan
+    return weight, grad
+
+
+def options(name: str, nonfinite: str) -> dict[str, Any]:
+    return {**STATEFUL[name], "clipping": 0.05, "nonfinite": nonfinite}
+
+
+def step(rank: int) -> dict[str, Any]:
+    """All cases, one after the other, on this rank."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    results = {}
+    for case in CASES:
+        name, nonfinite, dim = case
+        param, grad = (distribute_tensor(t, mesh, [Shard(dim)]) for t in start())
+        assert bool(grad.to_local().isnan().any()) is (rank == RANKS - 1)
+        param.grad = grad
+        optimizer: Any = build(name, [param], options(name, nonfinite))
+        error = ""
+        try:
+            optimizer.step()
+        except RuntimeError as raised:
+            error = str(raised)
+        states = [x.full_tensor() for k, x in optimizer.state[param].items() if k != "step"]
+        values = [param.full_tensor(), *states]
+        results[str(case)] = {"error": error, "values": values, "skipped": optimizer.skipped_units}
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each rank ends with."""
+    return on_ranks(step, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("dim", SHARDED)
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_on_one_rank_raises_on_both(ranks: list[Any], name: str, dim: int) -> None:
+    for result in (each[str((name, "raise", dim))] for each in ranks):
+        assert "parameter 0 of group 0" in result["error"]
+        assert "NaN" in result["error"]
+        assert same(result["values"], [start()[0]])  # and no states
+
+
+@pytest.mark.parametrize("dim", SHARDED)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_unit_is_skipped_on_both_ranks(ranks: list[Any], name: str, dim: int) -> None:
+    param, grad = start()
+    param.grad = grad
+    optimizer: Any = build(name, [param], options(name, "skip_unit"))
+    optimizer.step()
+    expected = [param, *(x for k, x in optimizer.state[param].items() if k != "step")]
+    first, second = (each[str((name, "skip_unit", dim))] for each in ranks)
+    assert same(first, second)
+    assert (first["error"], first["skipped"]) == ("", 1)
+    assert torch.equal(first["values"][0][3], start()[0][3])
+    # Where ranks hold parts of a unit its squares are added up in another order.
+    torch.testing.assert_close(first["values"], expected, rtol=1e-12, atol=0)

@@ -1,0 +1,294 @@
+"""What fails in the middle: kernels, memory, interrupts, checkpoints that do not fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import agc_triton.triton_path.launches
+from agc_triton import SGD_AGC
+from tests.optim.test_checkpoints import on_disk
+from tests.support.cases import NAMES, STATEFUL, STATEFUL_CASES, build
+from tests.support.helpers import OURS, make_params, nothing_changes, same, set_grads, train
+from tests.support.triton_cases import DEVICE, make_weight
+
+BACKENDS = ("torch", "triton")
+every_name = pytest.mark.parametrize("name", NAMES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def on_backend(backend: str, seed: int = 0) -> list[Any]:
+    params = make_params(seed=seed)
+    return [p.data.to(DEVICE) for p in params] if backend == "triton" else list(params)
+
+
+def stateful(name: str, params: Any, backend: str = "torch", **options: Any) -> Any:
+    return build(name, params, {**STATEFUL[name], "backend": backend, **options})
+
+
+class Failing:
+    """Calls another function, but raises on one call; afterwards it only calls."""
+
+    def __init__(self, function: Callable[..., Any], call: int, error: BaseException) -> None:
+        self.function, self.left, self.error = function, call, error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kernel", ["begin", "step"])
+def test_a_kernel_that_does_not_compile_is_named(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = on_backend("triton")
+    optimizer = stateful("AdamW", params, "triton")
+    set_grads(params, 0)
+
+    class Broken:
+        __name__ = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise OSError("ptxas: no such file")
+
+    monkeypatch.setattr(agc_triton.triton_path.launches, kernel, Broken())
+    before = copy.deepcopy(params)
+    monkeypatch.setattr(agc_triton.triton_path.launches, "interpreted", lambda: True)
+    with pytest.raises(RuntimeError, match=f"kernel '{kernel}'.*OSError: ptxas") as caught:
+        optimizer.step()
+    assert "backend='torch'" in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert same(params, before)
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+@every_backend
+@every_name
+def test_out_of_memory_while_states_are_created(
+    name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, others = on_backend(backend), on_backend(backend)
+    # One to three states per parameter: each group's creation fails in some case, halfway or not.
+    optimizer, expected = (
+        stateful(name, [{"params": p[:1], "clipping": 0.2}, {"params": p[1:]}], backend)
+        for p in (params, others)
+    )
+    set_grads(params, 0)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", Failing(torch.zeros_like, call, error))
+        with nothing_changes(params, optimizer), pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    for each, tensors in ((optimizer, params), (expected, others)):
+        train(each, tensors, range(2))
+    assert same(params, others)
+    assert same(optimizer.state_dict(), expected.state_dict())
+
+
+def test_out_of_memory_on_the_torch_path_beside_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The kernels take no empty parameters.
+    params = [make_weight((3, 4)).to(DEVICE), torch.zeros(0, 3, device=DEVICE)]
+    optimizer = stateful("SGD", params, "triton")
+    set_grads(params, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", Failing(torch.zeros_like, 2, MemoryError()))
+        with nothing_changes(params, optimizer), pytest.raises(MemoryError):
+            optimizer.step()
+    optimizer.step()
+    assert len(optimizer.state) == 2
+
+
+@every_backend
+@every_name
+def test_a_failure_at_a_later_first_gradient_keeps_the_states_there_are(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = on_backend(backend)
+    optimizer = stateful(name, params, backend)
+    train(optimizer, params[:3], range(2))
+    set_grads(params, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", Failing(torch.zeros_like, 2, MemoryError()))
+        with nothing_changes(params, optimizer), pytest.raises(MemoryError):
+            optimizer.step()
+    optimizer.step()
+    assert len(optimizer.state) == len(params)
+
+
+def interrupt(patch: pytest.MonkeyPatch, backend: str, call: int) -> None:
+    """Interrupt one of three launches, or norm 1, 2 or 3: the third is the second parameter's."""
+    if backend == "torch":
+        norm = Failing(torch.linalg.vector_norm, call, KeyboardInterrupt())
+        patch.setattr(torch.linalg, "vector_norm", norm)
+    else:
+        fire = Failing(agc_triton.triton_path.launches.Launch.fire, call, KeyboardInterrupt())
+        patch.setattr(agc_triton.triton_path.launches.Launch, "fire", lambda launch: fire(launch))
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@every_backend
+@every_name
+def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
+    name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A merged plan has one bucket for shapes as small as these.
+    monkeypatch.setattr(agc_triton.triton_path.buckets, "LAUNCH_ELEMENTS", -float("inf"))
+    shapes = ((2, 20), (3, 300))
+    params, others = ([make_weight(s).float().to(DEVICE) for s in shapes] for _ in range(2))
+    optimizer, expected = (stateful(name, tensors, backend) for tensors in (params, others))
+    train(optimizer, params, range(2))
+    train(expected, others, range(4))
+    saved = on_disk([p.detach() for p in params]), on_disk(optimizer.state_dict())
+    set_grads(params, 7)
+    with monkeypatch.context() as patch:
+        interrupt(patch, backend, call)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    for p, value in zip(params, saved[0], strict=True):
+        p.copy_(value)
+    optimizer.load_state_dict(saved[1])
+    train(optimizer, params, range(2, 4))
+    assert same(params, others)
+    assert same(optimizer.state_dict(), expected.state_dict())
+
+
+@every_name
+def test_a_hyperparameter_that_is_none_changes_nothing(name: str) -> None:
+    key = {"SGD": "dampening", "RMSprop": "eps"}.get(name, "betas")
+    params, others = make_params(), make_params()
+    optimizer, expected = (
+        stateful(name, [{"params": p[:2]}, {"params": p[2:]}]) for p in (params, others)
+    )
+    set_grads(params, 0)
+    optimizer.param_groups[1][key] = None
+    with nothing_changes(params, optimizer), pytest.raises(TypeError):
+        optimizer.step()
+    optimizer.param_groups[1][key] = optimizer.param_groups[0][key]
+    train(optimizer, params, range(2))
+    train(expected, others, range(2))
+    assert same(params, others)
+    assert same(optimizer.state_dict(), expected.state_dict())
+
+
+@every_backend
+@every_name
+def test_after_an_exception_in_a_closure_the_next_step_is_as_ever(name: str, backend: str) -> None:
+    params, others = on_backend(backend), on_backend(backend)
+    optimizer, expected = (stateful(name, tensors, backend) for tensors in (params, others))
+    train(optimizer, params, range(1))
+    train(expected, others, range(3))
+
+    def closure() -> float:
+        set_grads(params[:2], 7)
+        raise ValueError("a bad batch")
+
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="a bad batch"):
+        optimizer.step(closure)
+    assert same([p.detach() for p in params], before)
+    train(optimizer, params, range(1, 3))
+    assert same(params, others)
+    assert same(optimizer.state_dict(), expected.state_dict())
+
+
+def without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda saved: saved["state"][1].pop(key)
+
+
+def reshaped(saved: dict[str, Any]) -> None:
+    for key, value in saved["state"][1].items():
+        if key != "step":
+            saved["state"][1][key] = value.flatten()
+
+
+def of_other_optimizer(saved: dict[str, Any]) -> None:
+    for key in ("betas", "alpha", "momentum"):
+        saved["param_groups"][0].pop(key, None)
+
+
+SPOILED: list[Any] = [
+    *((name, reshaped, "shape") for name in NAMES),
+    *((name, of_other_optimizer, "option") for name in NAMES),
+    *((name, without("step"), "step") for name in NAMES[1:]),
+    *((name, without("exp_avg_sq"), "exp_avg") for name in ("Adam", "AdamW")),
+    *((name, without("max_exp_avg_sq"), "amsgrad") for name in ("Adam", "AdamW")),
+    *(("RMSprop", without(key), "square_avg") for key in ("momentum_buffer", "grad_avg")),
+]
+
+
+@every_backend
+@pytest.mark.parametrize(("name", "spoil", "says"), SPOILED)
+def test_checkpoints_that_do_not_fit_load_nothing(
+    name: str, spoil: Callable[[Any], Any], says: str, backend: str
+) -> None:
+    params = on_backend(backend)
+    optimizer = stateful(name, params, backend)
+    train(optimizer, params, range(2))
+    saved = on_disk(optimizer.state_dict())
+    spoil(saved)
+    with nothing_changes(params, optimizer), pytest.raises(ValueError, match=says) as caught:
+        optimizer.load_state_dict(saved)
+    assert "checkpoint" in str(caught.value)
+    train(optimizer, params, range(2, 3))
+
+
+@pytest.mark.parametrize("saver", OURS)
+@pytest.mark.parametrize("loader", OURS)
+def test_checkpoints_of_other_optimizers(saver: Any, loader: Any) -> None:
+    params, others = make_params(), make_params()
+    optimizer, other = loader(params), saver(others)
+    train(optimizer, params, range(1))
+    train(other, others, range(1))
+    # Adam and AdamW have the same states and options.
+    if saver.rule.kernel.name == loader.rule.kernel.name:
+        optimizer.load_state_dict(other.state_dict())
+        assert same(optimizer.state_dict()["state"], other.state_dict()["state"])
+        return
+    with nothing_changes(params, optimizer), pytest.raises(ValueError, match="another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("key", ["state", "param_groups"])
+def test_truncated_checkpoints_load_nothing(key: str) -> None:
+    params: list[Parameter] = make_params()
+    optimizer = SGD_AGC(params, momentum=0.9)
+    train(optimizer, params, range(1))
+    saved = on_disk(optimizer.state_dict())
+    del saved[key]
+    with nothing_changes(params, optimizer), pytest.raises(KeyError, match=key):
+        optimizer.load_state_dict(saved)
+
+
+@every_backend
+@every_name
+def test_every_checkpoint_loads_with_weights_only(name: str, backend: str) -> None:
+    params = on_backend(backend)
+    optimizer = stateful(name, params, backend, nonfinite="skip_unit")
+    train(optimizer, params, range(2))
+    saved = on_disk(optimizer.state_dict())  # torch.load(weights_only=True)
+    assert same(saved, optimizer.state_dict())
+
+
+@pytest.mark.parametrize("clipping", [0.01, 0.0])
+@pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
+def test_a_misshapen_state_of_the_last_group_is_refused(
+    name: str, mode: str, clipping: float
+) -> None:
+    params = [p.data for p in make_params([(6, 5), (4, 3)])]
+    groups = [{"params": params[:1]}, {"params": params[1:], "clipping": clipping}]
+    optimizer = build(name, groups, STATEFUL[name], mode)
+    train(optimizer, params, range(2))
+    key = next(key for key, value in optimizer.state[params[1]].items() if value.dim())
+    optimizer.state[params[1]][key] = torch.ones(4, 5)
+    set_grads(params, seed=2)
+    with nothing_changes(params, optimizer), pytest.raises(RuntimeError, match=f"{key}'s shape"):
+        optimizer.step()

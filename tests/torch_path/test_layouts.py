@@ -1,0 +1,288 @@
+"""Shapes, strides and dtypes against the float64 oracle, which knows of no strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.cases import (
+    CLIPPING,
+    STATEFUL,
+    STATEFUL_CASES,
+    build,
+    check_steps,
+    in_order,
+    make_grads,
+    randn,
+    states_of,
+    step_with,
+)
+from tests.support.oracle import Oracle
+from tests.support.tolerances import TOLERANCES
+
+pytestmark = pytest.mark.usefixtures("either_block")
+
+CASES = [(name, mode) for name, mode in STATEFUL_CASES if mode != "differentiable"]
+all_cases = pytest.mark.parametrize(("name", "mode"), CASES)
+
+
+def with_dtypes(*dtypes: torch.dtype) -> list[tuple[str, str, torch.dtype]]:
+    """torch.optim takes no complex parameters with fused=True."""
+    return [
+        (*case, dtype)
+        for case in CASES
+        for dtype in dtypes
+        if not (dtype.is_complex and "fused" in case)
+    ]
+
+
+# Rank 0 to 5, gains, and tensors that are one unit or none at all.
+SHAPES = [
+    *((), (5,), (4, 3), (3, 4, 2), (3, 2, 2, 2), (3, 2, 2, 2, 2)),
+    *((4, 1, 1, 1), (1,), (1, 1), (1, 5), (1, 1, 6), (5, 1, 2)),
+    *((0,), (0, 3), (3, 0), (2, 0, 2)),
+]
+
+
+@all_cases
+def test_shapes(name: str, mode: str) -> None:
+    check_steps(name, mode, [randn(shape, seed=i) for i, shape in enumerate(SHAPES)])
+
+
+# As ConvTranspose1d, 2d and 3d store their weights (in, out, ...), and beyond.
+@pytest.mark.parametrize("unit_dim", [1, -1, -2, 2])
+@all_cases
+def test_unit_dims(name: str, mode: str, unit_dim: int) -> None:
+    shapes = ((3, 4, 2), (3, 4, 2, 2), (2, 3, 1, 2, 2), (1, 3, 4), (4, 1, 1, 1), (6,), ())
+    params = [randn(shape, seed=i) for i, shape in enumerate(shapes)]
+    check_steps(name, mode, params, unit_dim=unit_dim)
+
+
+# Memory orders of a dense parameter: transposed, channels_last, channels_last_3d, with sizes 1.
+ORDERS = [
+    ((4, 3), (1, 0)),
+    ((2, 3, 4), (2, 0, 1)),
+    ((2, 3, 4), (1, 0, 2)),
+    ((4, 1, 3), (2, 0, 1)),
+    ((4, 3, 2, 2), (0, 2, 3, 1)),
+    ((3, 2, 2, 2, 2), (0, 2, 3, 4, 1)),
+    ((1, 4, 1, 3), (3, 0, 1, 2)),
+]
+
+
+def permuted(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [in_order(randn(shape, dtype, i), order) for i, (shape, order) in enumerate(ORDERS)]
+
+
+@pytest.mark.parametrize("unit_dim", [0, 1])
+@all_cases
+def test_dense_parameters_of_any_memory_order(name: str, mode: str, unit_dim: int) -> None:
+    params = permuted()
+    assert params[4].is_contiguous(memory_format=torch.channels_last)
+    assert params[5].is_contiguous(memory_format=torch.channels_last_3d)
+    check_steps(name, mode, params, unit_dim=unit_dim)
+
+
+GRADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "transposed": lambda g: in_order(g, range(g.dim())[::-1]),
+    "expanded": lambda g: g.flatten()[0].expand(g.shape),
+    "partly expanded": lambda g: g[:1].expand(g.shape) if g.dim() else g,
+    "sliced": lambda g: torch.stack([g, g], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", GRADS)
+@all_cases
+def test_gradients_with_strides_of_their_own(name: str, mode: str, layout: str) -> None:
+    def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
+        return [GRADS[layout](g) for g in make_grads(params, step)]
+
+    params = [*permuted(), *(randn(shape) for shape in ((4, 3), (3, 2, 2), (6,), (3, 1, 1)))]
+    check_steps(name, mode, params, grads)
+
+
+SLICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "every second column": lambda x: x[:, ::2],
+    "transposed columns": lambda x: x[:, 1:4].t(),
+    "a column": lambda x: x[:, 2],
+    "a block": lambda x: x.view(4, 2, 3)[:, :1, :2],
+}
+HOLES = [
+    *((*case, cut, torch.float32) for case in CASES for cut in SLICES),
+    *(
+        (name, mode, "a block", dtype)
+        for name, mode, dtype in with_dtypes(torch.bfloat16, torch.complex64)
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "cut", "dtype"), HOLES, ids=str)
+def test_parameters_with_holes(name: str, mode: str, cut: str, dtype: torch.dtype) -> None:
+    base = randn((4, 6), dtype)
+    before, inside = base.clone(), torch.zeros(4, 6, dtype=torch.bool)
+    SLICES[cut](inside).fill_(True)
+    check_steps(name, mode, [SLICES[cut](base)], rounds_as="not fused")
+    assert torch.equal(base[~inside], before[~inside])
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@all_cases
+def test_states_with_strides_of_their_own(name: str, mode: str, loaded: bool) -> None:
+    def restride(optimizer: Any) -> None:
+        saved = optimizer.state_dict()  # it shares the states themselves
+        for state in saved["state"].values():
+            for key, value in state.items():
+                state[key] = in_order(value, range(value.dim())[::-1])
+        if loaded:
+            optimizer.load_state_dict(saved)
+
+    params = [randn((4, 3)), randn((3, 2, 2)), in_order(randn((3, 4, 2, 2)), (0, 2, 3, 1))]
+    check_steps(name, mode, params, between=restride)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype"),
+    with_dtypes(torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128),
+    ids=str,
+)
+def test_dtypes(name: str, mode: str, dtype: torch.dtype) -> None:
+    params = [randn(shape, dtype, i) for i, shape in enumerate(SHAPES)]
+    check_steps(name, mode, [*params, *permuted(dtype)])
+    check_steps(name, mode, permuted(dtype), unit_dim=1)
+
+
+@all_cases
+def test_several_dtypes_in_one_group(name: str, mode: str) -> None:
+    dtypes = [torch.float32, torch.float64, torch.float32]
+    dtypes += [torch.complex64, torch.complex128] if mode != "fused" else []
+    shapes = ((2, 3), (4, 6), (5, 8), (3, 4), (5,))
+    params = [randn(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+    options = {**STATEFUL[name], "clipping": CLIPPING}
+    optimizer = build(name, params, options, mode)
+    oracles = [
+        Oracle(name, [p], TOLERANCES[str(p.dtype.to_real()).removeprefix("torch.")], **options)
+        for p in params
+    ]
+    for step in range(3):
+        grads = make_grads(params, step)
+        step_with(optimizer, params, grads)
+        for oracle, param, grad in zip(oracles, params, grads, strict=True):
+            oracle.step([grad])
+            oracle.check([param], states_of(optimizer, [param]))
+
+
+class Subclass(Tensor):
+    """A tensor subclass that does nothing."""
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "negated": lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag,
+    "of a subclass": lambda x: x.as_subclass(Subclass),
+}
+# torch's foreach and fused functions raise where they would have to write to such views.
+PLAIN_CASES = [case for case in CASES if case[1] in ("default", "not fused")]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(("name", "mode"), PLAIN_CASES)
+def test_lazily_negated_and_subclassed_tensors(name: str, mode: str, view: str) -> None:
+    def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
+        return [VIEWS[view](g) for g in make_grads(params, step)]
+
+    params = [randn((4, 3)), VIEWS[view](randn((4, 3))), VIEWS[view](randn((5,)))]
+    assert params[1].is_neg() or type(params[1]) is Subclass
+    check_steps(name, mode, params, grads)
+
+
+@pytest.mark.parametrize(("name", "mode"), PLAIN_CASES)
+def test_lazily_conjugated_gradients(name: str, mode: str) -> None:
+    def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
+        return [g.conj() for g in make_grads(params, step)]
+
+    check_steps(name, mode, [randn((4, 3), torch.complex64), randn((), torch.complex64)], grads)
+
+
+@pytest.mark.parametrize("mode", ["default", "not fused"])
+def test_lazily_conjugated_parameters(mode: str) -> None:
+    # Of torch.optim's, SGD alone takes them.
+    check_steps("SGD", mode, [randn((4, 3), torch.complex64).conj()])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@all_cases
+def test_a_gradient_that_is_not_finite_stays_in_its_unit(
+    name: str, mode: str, value: float
+) -> None:
+    def run(value: float | None) -> list[Tensor]:
+        params = [randn(shape) for shape in ((4, 3), (3, 2, 2, 2), (5,), (3, 1, 1, 1), (6,))]
+        optimizer = build(name, params, {**STATEFUL[name], "clipping": CLIPPING}, mode)
+        for step in range(2):
+            grads = make_grads(params, step)
+            if value is not None:
+                grads[0][1, 2] = grads[1][2, 1, 1, 0] = grads[2][3] = grads[3][1] = value
+            step_with(optimizer, params, grads)
+        return params
+
+    (a, b, c, d, e), finite = run(value), run(None)
+    assert not a[1].isfinite().all()
+    assert not b[2].isfinite().all()
+    assert not c.isfinite().all()
+    assert not d.isfinite().all()
+    assert torch.equal(a[[0, 2, 3]], finite[0][[0, 2, 3]])
+    assert torch.equal(b[:2], finite[1][:2])
+    assert torch.equal(e, finite[4])
+
+
+ZEROS = ((4, 3), (3, 2, 2), (5,), (3, 1, 1), ())
+
+
+@all_cases
+def test_zero_weights_train(name: str, mode: str) -> None:
+    params = [torch.zeros(shape) for shape in ZEROS]
+    check_steps(name, mode, params)
+    assert all((p != 0).all() for p in params)
+
+
+@all_cases
+def test_zero_gradients(name: str, mode: str) -> None:
+    params = [randn(shape) for shape in ZEROS]
+    check_steps(name, mode, params, lambda params, step: [torch.zeros_like(p) for p in params])
+
+
+@all_cases
+def test_a_limit_of_zero(name: str, mode: str) -> None:
+    params = [torch.zeros(shape) for shape in ZEROS]
+    check_steps(name, mode, params, agc_eps=0.0)
+    assert not any(p.any() for p in params)
+
+
+@all_cases
+def test_gradients_under_the_smallest_norm_divided_by(name: str, mode: str) -> None:
+    """Limits of 5e-8; of the norms from 1e-8 to 1e-5 those up to 1e-6 are taken for 1e-6."""
+
+    def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
+        return [torch.full((4, 2), 10.0**-8).mul_(10.0 ** torch.arange(4)[:, None]) for _ in params]
+
+    check_steps(name, mode, [torch.zeros(4, 2)], grads, agc_eps=1e-6)
+
+
+# As torch's own tests give it, and as GradScaler does.
+@pytest.mark.parametrize("scale_shape", [(1,), ()], ids=str)
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_unscaling_of_small_dtypes(name: str, scale_shape: tuple[int, ...]) -> None:
+    params = [randn(shape, torch.float16) for shape in ((4, 3), (0,), (), (5,), ())]
+    params[-1] = params[-1].as_subclass(Subclass)
+
+    optimizer: Any = build(name, params, {"eps": 0.1, "clipping": CLIPPING}, "fused")
+    oracle = Oracle(name, params, TOLERANCES["float16"], eps=0.1, clipping=CLIPPING)
+    optimizer.grad_scale = torch.full(scale_shape, 4.0)
+    optimizer.found_inf = torch.zeros(scale_shape)
+    grads = make_grads(params, 0)
+    oracle.step(grads)
+    step_with(optimizer, params, [g * 4 for g in grads])
+    oracle.check(params, states_of(optimizer, params))

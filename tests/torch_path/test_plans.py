@@ -1,0 +1,269 @@
+"""The torch path keeps its blocks from step to step, and nothing that it should not keep."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing import reductions
+from torch.nn import Parameter
+
+from agc_triton.torch_path import blocks
+from agc_triton.torch_path.plan import BlockPlan
+from tests.support.cases import NAMES, STATEFUL, build, randn
+from tests.support.helpers import make_params, nothing_changes, set_grads, train
+from tests.support.triton_training import ADAMW, Training
+
+# Small ones share a block, the last two are cut: rows, and one unit.
+SHAPES = ((4,), (2, 3), (), (8, 5), (37,))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 12)
+    monkeypatch.setattr(blocks, "JOINED", 8)
+
+
+def make_training(name: str = "AdamW", **options: Any) -> Training:
+    params = [randn(shape, seed=i) for i, shape in enumerate(SHAPES)]
+    return Training(name, params, **{**STATEFUL[name], **options}, backend="torch")
+
+
+def plans_of(optimizer: Any) -> dict[tuple[int, ...], BlockPlan]:
+    plans: dict[tuple[int, ...], BlockPlan] = optimizer._block_plans._plans
+    return dict(plans)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_while_gradients_and_values_change(name: str) -> None:
+    training = make_training(name)
+    training.train(2)
+    plans = plans_of(training.optimizer)
+    assert plans
+    training.groups[0].update(lr=0.25, clipping=0.5, agc_eps=0.1, maximize=True)
+    training.train(2)
+    assert plans_of(training.optimizer) == plans
+
+
+def test_dropped_where_nothing_is_stepped() -> None:
+    training = make_training("SGD")
+    training.train()
+    assert list(plans_of(training.optimizer)) == [(0, 0)]  # momentum buffers that start
+    training.train()
+    assert list(plans_of(training.optimizer)) == [(0, 1)]
+    training.optimizer.zero_grad()
+    training.optimizer.step()
+    assert not plans_of(training.optimizer)
+
+
+def test_made_anew_for_other_units() -> None:
+    training = make_training()
+    training.train()
+    plans = plans_of(training.optimizer)
+    training.groups[0].update(unit_dim=-1)
+    training.train()
+    assert plans_of(training.optimizer) != plans
+
+
+@pytest.mark.parametrize("layout", ["alike", "transposed"])
+def test_no_gradient_is_kept(layout: str) -> None:
+    params = [randn((4, 6)), randn((3, 2))]
+    optimizer = build("AdamW", params, ADAMW)
+    for _ in range(2):
+        grads: list[Tensor] = [randn(p.shape, seed=9) for p in params]
+        if layout == "transposed":
+            grads = [g.t().contiguous().t() for g in grads]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+        kept = [weakref.ref(g) for g in grads]
+        del grads, p, g
+        optimizer.zero_grad()
+        assert [ref() for ref in kept] == [None, None]
+
+
+def both(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """An AGC class that clips nothing and torch's own."""
+    options = STATEFUL[name]
+    return (
+        lambda params: build(name, params, {**options, "clipping": 1e6}),
+        lambda params: getattr(torch.optim, name)(params, **options),
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4,)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_that_takes_over_anothers_memory_is_updated_there(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    def run(make: Callable[[Any], Any]) -> list[Tensor]:
+        (old,) = make_params([shape])
+        optimizer = make([old])
+        train(optimizer, [old], range(2))
+        new = Parameter(old.data)
+        optimizer.param_groups[0]["params"] = [new]
+        optimizer.state[new] = optimizer.state.pop(old)
+        old.data = torch.zeros(shape)
+        train(optimizer, [new], range(2, 4))
+        return [old.detach(), new.detach()]
+
+    torch.testing.assert_close(*map(run, both(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_that_has_moved_from_under_the_blocks_is_noticed(name: str) -> None:
+    # As after resize_(0), where the parameter's next memory may be what has just been freed.
+    def run(moves: bool) -> Tensor:
+        memory = bytearray(48)
+        (param,) = make_params([(4, 3)])
+        param.data = torch.frombuffer(memory, dtype=torch.float32).view(4, 3).copy_(param.detach())
+        optimizer = build(name, [param], STATEFUL[name])
+        train(optimizer, [param], range(2))
+        if moves:
+            before = param.untyped_storage()
+            param.data = torch.frombuffer(memory, dtype=torch.float32).view(4, 3)
+            before.share_memory_()
+        train(optimizer, [param], range(2, 4))
+        return param.detach()
+
+    assert torch.equal(run(moves=True), run(moves=False))
+
+
+@pytest.fixture
+def conversion_swaps() -> Iterator[None]:
+    """Module.to() and the like swap parameters for converted ones."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("conversion_swaps")
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_can_be_swapped_after_a_step(name: str) -> None:
+    def run(make: Callable[[Any], Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(36, 2))
+        params = list(model.parameters())
+        optimizer = make(params)
+        train(optimizer, params, range(2))
+        model.double()
+        for state in optimizer.state.values():
+            state.update({key: s.double() for key, s in state.items() if key != "step"})
+        train(optimizer, params, range(2, 4))
+        return [p.detach() for p in params]
+
+    torch.testing.assert_close(*map(run, both(name)))
+
+
+def grown(param: Any) -> None:
+    param.data = torch.cat([param.detach(), param.detach()])
+
+
+def shrunk(param: Any) -> None:
+    param.data = param.detach()[:-1].clone()
+
+
+def reshaped(param: Any) -> None:
+    param.data = param.detach().view(-1, 2)
+
+
+@pytest.mark.parametrize("change", [grown, shrunk, reshaped])
+@pytest.mark.parametrize("mode", ["default", "foreach"])
+@pytest.mark.parametrize("name", NAMES)
+def test_states_of_another_shape_are_refused_before_anything_changes(
+    name: str, mode: str, change: Callable[[Any], None]
+) -> None:
+    def trained(make: Any) -> tuple[list[Any], Any]:
+        params = make_params([(4, 3), (6, 5)])
+        optimizer = make([{"params": [p]} for p in params])
+        train(optimizer, params, range(2))
+        change(params[1])
+        set_grads(params, 2)
+        return params, optimizer
+
+    _, theirs = trained(lambda groups: getattr(torch.optim, name)(groups, **STATEFUL[name]))
+    with pytest.raises(RuntimeError):
+        theirs.step()
+    params, ours = trained(lambda groups: build(name, groups, STATEFUL[name], mode))
+    with nothing_changes(params, ours), pytest.raises(RuntimeError, match="shape") as caught:
+        ours.step()
+    assert f"parameter 0 of group 1, shape {tuple(params[1].shape)}" in str(caught.value)
+    del ours.state[params[1]]
+    train(ours, params, range(2, 4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_replaced_by_one_of_another_shape_is_refused(name: str) -> None:
+    params = make_params([(4, 3), (6, 5)])
+    optimizer = build(name, [{"params": [p]} for p in params], STATEFUL[name])
+    train(optimizer, params, range(2))
+    set_grads(params, 2)
+    for key, value in optimizer.state[params[1]].items():
+        if key != "step":
+            optimizer.state[params[1]][key] = value.flatten()[:7].clone()
+    with nothing_changes(params, optimizer), pytest.raises(RuntimeError, match="shape"):
+        optimizer.step()
+
+
+def memory_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """Weak references to memory: its Python objects come and go."""
+    watch: Any = reductions.StorageWeakRef
+    return [watch(t.untyped_storage()) for t in tensors]
+
+
+def test_states_replaced_by_a_checkpoint_are_not_kept() -> None:
+    training = make_training()
+    training.train()
+    memory = memory_of(x for state in training.optimizer.state.values() for x in state.values())
+    checkpoint = copy.deepcopy(training.optimizer.state_dict())
+    assert not any(one.expired() for one in memory)
+    training.optimizer.load_state_dict(checkpoint)
+    assert all(one.expired() for one in memory)
+    training.train()
+
+
+def test_parameters_replaced_are_not_kept_after_the_next_step() -> None:
+    training = make_training()
+    training.train()
+    memory = memory_of(training.params)
+    for p in training.params:
+        p.data = p.detach().clone()
+    del p
+    training.train()
+    assert all(one.expired() for one in memory)
+
+
+def test_a_copy_and_a_pickle_have_plans_of_their_own() -> None:
+    training = make_training()
+    training.train()
+    again = copy.deepcopy(training.optimizer)
+    assert not plans_of(again)
+    assert again._block_plans is not training.optimizer._block_plans
+
+
+def test_gradients_of_other_strides_are_copied_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = make_training()
+    alive: list[int] = []
+    copies: list[weakref.ref[Tensor]] = []
+    empty_like = torch.empty_like
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        alive.append(sum(ref() is not None for ref in copies))
+        copies.append(weakref.ref(made := empty_like(*args, **kwargs)))
+        return made
+
+    def turned(values: Tensor) -> Tensor:
+        return values.t().contiguous().t() if values.dim() == 2 else values
+
+    training.train()
+    training.move_grads(place=turned)
+    monkeypatch.setattr(torch, "empty_like", counted)
+    training.optimizer.step()
+    assert alive == [0, 0]

@@ -1,0 +1,261 @@
+"""Every optimizer, option and mode of the torch path against the float64 oracle, step by step."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.cases import (
+    CLIPPING,
+    MODES,
+    NAMES,
+    OPTIONS,
+    STATEFUL,
+    STATEFUL_CASES,
+    Kwargs,
+    build,
+    low_precision,
+    states_of,
+    step_and_check,
+    step_with,
+    supported,
+    tolerance_key,
+)
+from tests.support.helpers import random_grad, same
+from tests.support.oracle import Oracle
+from tests.support.tolerances import TOLERANCES
+
+pytestmark = pytest.mark.usefixtures("either_block")
+
+# Which steps each parameter has a gradient on: always, late, with a gap, late, never, ...
+SHAPES = ((4, 3), (3, 2, 2, 2), (5,), (3, 1, 1, 1), (2, 2), (), (6, 2), (4,))
+PRESENT = ("1111", "0111", "1011", "0111", "0000", "1111", "1111", "1111")
+LARGE = ((60, 700), (40,))  # the first is enough for torch to use two threads
+STEPS = 4
+
+CASES = [
+    (name, label, mode)
+    for name in NAMES
+    for label, options in OPTIONS[name].items()
+    for mode in MODES
+    if supported(name, options, mode)
+]
+# All options in the default mode, the fullest of them in the others.
+FEWER_CASES = [
+    (name, label, mode)
+    for name, label, mode in CASES
+    if mode == "default" or (OPTIONS[name][label] is STATEFUL[name] and mode != "differentiable")
+]
+
+
+def make_params(dtype: torch.dtype, mode: str = "default") -> list[Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    # torch.optim updates leaves that need a gradient only where autograd is off.
+    return params if mode == "differentiable" else [p.requires_grad_() for p in params]
+
+
+def make_grads(dtype: torch.dtype, step: int) -> list[Tensor | None]:
+    weights = [torch.empty(shape, dtype=dtype) for shape in SHAPES]
+    return [
+        random_grad(weight, 100 * step + i) if PRESENT[i][step] == "1" else None
+        for i, weight in enumerate(weights)
+    ]
+
+
+@functools.cache
+def trajectory(name: str, label: str, dtype: torch.dtype, key: str) -> list[Oracle]:
+    """The oracle after each step; the same for all modes that round alike."""
+    options = OPTIONS[name][label]
+    oracle = Oracle(name, make_params(dtype), TOLERANCES[key], clipping=CLIPPING, **options)
+    return oracle.trajectory(make_grads(dtype, step) for step in range(STEPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "label", "mode"), CASES)
+def test_follows_the_oracle(name: str, label: str, mode: str, dtype: torch.dtype) -> None:
+    options = OPTIONS[name][label]
+    params = make_params(dtype, mode)
+    optimizer = build(name, params, {**options, "clipping": CLIPPING}, mode)
+    expected = trajectory(name, label, dtype, tolerance_key(dtype, name, options, mode))
+    for step, oracle in enumerate(expected):
+        step_with(optimizer, params, make_grads(dtype, step))
+        oracle.check(params, states_of(optimizer, params))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "label", "mode"), FEWER_CASES)
+def test_low_precision_follows_the_oracle(
+    name: str, label: str, mode: str, dtype: torch.dtype
+) -> None:
+    options: Kwargs = {**OPTIONS[name][label], "clipping": CLIPPING}
+    if dtype is torch.float16:
+        options = low_precision(name, options)
+    params = make_params(dtype)
+    optimizer = build(name, params, options, mode)
+    tolerance = TOLERANCES[tolerance_key(dtype, name, options, mode)]
+    oracle = Oracle(name, params, tolerance, **options)
+    for step in range(STEPS):
+        # From the same rounded values, so that the bound is that of one step.
+        oracle.load(params, states_of(optimizer, params))
+        step_and_check(optimizer, oracle, params, make_grads(dtype, step))
+
+
+GROUPS: list[dict[str, Any]] = [
+    {"clipping": 0.05, "lr": 0.5},
+    {"clipping": None, "weight_decay": 0.2},
+    {"clipping": 1.5, "unit_dim": 1, "lr": 0.25},
+    {"clipping": 0, "agc_eps": 100.0},
+    {"clipping": 0.02, "unit_dim": -1},
+    {"agc_eps": 10.0, "weight_decay": 0.0},
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
+def test_groups_keep_their_own_settings(name: str, mode: str) -> None:
+    options = {**STATEFUL[name], "clipping": 0.1}
+    tolerance = TOLERANCES[tolerance_key(torch.float32, name, options, mode)]
+    shapes = ((4, 3), (5,), (2, 3, 2))
+    rng = torch.Generator().manual_seed(1)
+    params = [[torch.randn(shape, generator=rng) for shape in shapes] for _ in GROUPS]
+    groups = [{"params": p, **group} for p, group in zip(params, GROUPS, strict=True)]
+    optimizer = build(name, groups, options, mode)
+    oracles = [
+        Oracle(name, p, tolerance, **{**options, **group})
+        for p, group in zip(params, GROUPS, strict=True)
+    ]
+    for step in range(STEPS):
+        for p, oracle in zip(params, oracles, strict=True):
+            grads = [random_grad(x, 10 * step + i) for i, x in enumerate(p)]
+            oracle.step(grads)
+            for x, grad in zip(p, grads, strict=True):
+                x.grad = grad
+        optimizer.step()
+        for p, oracle in zip(params, oracles, strict=True):
+            oracle.check(p, states_of(optimizer, p))
+
+
+# Small errors that the bounds must not hide, relative to the options of the test below.
+SLIPS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"clipping": CLIPPING * (1 + 1e-5)}) for name in NAMES),
+    *((name, {"lr": 0.5 * (1 + 1e-5)}) for name in NAMES),
+    *((name, {"weight_decay": 0.1 * (1 + 1e-4)}) for name in NAMES),
+    *((name, {"unit_dim": 1}) for name in NAMES),
+    *((name, {"maximize": True}) for name in NAMES),
+    *((name, {"eps": 1e-3 * (1 + 1e-4)}) for name in NAMES[1:]),
+    # 1 - 0.999 in fp32
+    *((name, {"betas": (0.9, 0.999 + 1.3e-8)}) for name in ("Adam", "AdamW")),
+    *((name, {"betas": (0.9 * (1 + 1e-5), 0.999)}) for name in ("Adam", "AdamW")),
+    ("RMSprop", {"alpha": 0.99 + 1e-7}),
+    ("RMSprop", {"momentum": 0.9 * (1 + 1e-5)}),
+    ("SGD", {"momentum": 0.9 * (1 + 1e-5)}),
+    ("SGD", {"dampening": 0.4 * (1 + 1e-5)}),
+]
+
+
+@pytest.mark.parametrize(("name", "slip"), SLIPS, ids=str)
+def test_bounds_are_narrow_enough_to_see(name: str, slip: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.1, "clipping": CLIPPING}
+    options |= {"eps": 1e-3} if name != "SGD" else {"dampening": 0.4}
+    options |= {"betas": (0.9, 0.999)} if "Adam" in name else {"momentum": 0.9}
+    params = make_params(torch.float32)
+    optimizer = build(name, params, {**options, **slip})
+    oracle = Oracle(name, params, TOLERANCES["float32"], **options)
+    with pytest.raises(AssertionError, match="are wrong"):  # noqa: PT012  # any of the steps
+        for step in range(STEPS):
+            step_and_check(optimizer, oracle, params, make_grads(torch.float32, step))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_fused_unscales_before_it_clips(name: str, shape: tuple[int, ...]) -> None:
+    options = {**STATEFUL[name], "clipping": CLIPPING}
+    params = make_params(torch.float32)
+    optimizer: Any = build(name, params, options, "fused")
+    assert optimizer._step_supports_amp_scaling
+    oracle = Oracle(name, params, TOLERANCES["float32"], **options)
+    # What torch.amp.GradScaler sets around step(); a power of two unscales exactly.
+    optimizer.grad_scale, optimizer.found_inf = torch.full(shape, 256.0), torch.zeros(shape)
+    for step in range(STEPS):
+        grads = make_grads(torch.float32, step)
+        oracle.step(grads)
+        step_with(optimizer, params, [None if g is None else g * 256 for g in grads])
+        oracle.check(params, states_of(optimizer, params))
+
+
+@pytest.mark.parametrize("clipping", [0, CLIPPING])
+@pytest.mark.parametrize("name", NAMES)
+def test_unscales_where_torchs_functions_would_not(name: str, clipping: float) -> None:
+    """As for a CPU parameter beside CUDA ones, with which the optimizer takes scaled gradients."""
+    options = {**STATEFUL[name], "clipping": clipping}
+    params = make_params(torch.float32)
+    optimizer: Any = build(name, params, options)
+    oracle = Oracle(name, params, TOLERANCES["float32"], **options)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor([256.0]), torch.zeros(1)
+    for step in range(STEPS):
+        grads = make_grads(torch.float32, step)
+        oracle.step(grads)
+        step_with(optimizer, params, [None if g is None else g * 256 for g in grads])
+        oracle.check(params, states_of(optimizer, params))
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_nothing_moves_where_inf_was_found(name: str, before: int) -> None:
+    params = make_params(torch.float32)
+    optimizer: Any = build(name, params, {**STATEFUL[name], "clipping": CLIPPING}, "fused")
+    for step in range(before):
+        step_with(optimizer, params, make_grads(torch.float32, step))
+    kept = copy.deepcopy([(p.detach(), optimizer.state.get(p, {})) for p in params])
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(256.0), torch.tensor(1.0)
+    grads = make_grads(torch.float32, before)
+    step_with(
+        optimizer, params, [None if g is None else g * torch.inf for g in grads[:2]] + grads[2:]
+    )
+    assert same([(p.detach(), optimizer.state.get(p, {})) for p in params], kept)
+
+
+@pytest.mark.filterwarnings(
+    # The parameter has to be computed for its gradient to be checked; step() reads its .grad.
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_autograd_flows_through_the_clipped_step(name: str, steps: int) -> None:
+    options: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.1, "clipping": CLIPPING}
+    options |= {"eps": 0.1} if name != "SGD" else {}
+
+    def train(weight: Tensor, grad: Tensor) -> Tensor:
+        param = weight.clone()
+        optimizer = build(name, [param], options, "differentiable")
+        for scale in range(1, steps + 1):
+            param.grad = grad * scale
+            optimizer.step()
+        return param
+
+    weight = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # The first unit is over its limit, the second under, the third far over.
+    grad = weight.flip(1) * torch.tensor([[0.3], [0.01], [10.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(train, (weight.requires_grad_(), grad.requires_grad_()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_give_the_same_bits(name: str) -> None:
+    def run() -> list[Tensor]:
+        params = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in LARGE]
+        optimizer = build(name, params, {**STATEFUL[name], "clipping": CLIPPING})
+        for step in range(2):
+            step_with(optimizer, params, [random_grad(p, step) for p in params])
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [*params, *states]
+
+    torch.set_num_threads(2)
+    try:
+        assert same(run(), run())
+    finally:
+        torch.set_num_threads(1)

@@ -1,0 +1,301 @@
+"""The planner alone: which tile shapes it chooses, and that its tiles cover every element once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agc_triton.triton_path import buckets
+from agc_triton.triton_path.buckets import (
+    BucketPlan,
+    TensorUnits,
+    TileShape,
+    ideal_shape,
+    plan_buckets,
+)
+from agc_triton.units import UnitLayout, unit_layout
+from benchmarks.shapes import TABLES, load_shapes
+
+Indices = npt.NDArray[np.int64]
+
+
+def rows(length: int, units: int = 2, aligned: bool = True, group: int = 0) -> TensorUnits:
+    return TensorUnits(UnitLayout(1, units, length), aligned, group)
+
+
+def strided(outer: int, inner: int, units: int = 2) -> TensorUnits:
+    return TensorUnits(UnitLayout(outer, units, inner), True, 0)
+
+
+def tile_elements(plan: BucketPlan) -> Iterator[tuple[TileShape, int, list[Indices]]]:
+    """Per tile: its shape, its tensor, and where the elements of each of its units lie."""
+    for bucket in plan.buckets:
+        shape = bucket.shape
+        for tensor, offset, third, _ in bucket.tiles.tolist():
+            length, inner, stride = plan.fields[tensor, :3].tolist()
+            start, count = (third, 1) if shape.split else (0, third)
+            columns = np.arange(start, start + min(length - start, shape.capacity))
+            if shape.strided:
+                at, step = columns // inner * stride + columns % inner, inner
+            else:
+                at, step = columns, length
+            assert count <= shape.rows
+            yield shape, tensor, [offset + r * step + at for r in range(count)]
+
+
+def assert_covers(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> None:
+    """Every element of every tensor lies in one tile, and tile rows hold whole units."""
+    seen = [np.zeros(math.prod(t.layout), np.int64) for t in tensors]
+    for shape, tensor, units in tile_elements(plan):
+        outer, count, inner = tensors[tensor].layout
+        for elements in units:
+            np.add.at(seen[tensor], elements, 1)
+            assert len(set((elements // inner % count).tolist())) == 1
+            if not shape.split:
+                assert len(elements) == outer * inner
+    for times in seen:
+        assert np.all(times == 1)
+
+
+def assert_sums_parts(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> None:
+    """Parts cover long units once, in slots of their own that the tiles of the unit start from."""
+    assert sorted(plan.parts[:, 3].tolist()) == list(range(plan.slots))
+    first_slots: dict[tuple[int, int], int] = {}
+    for tensor, offset, start, slot in plan.parts.tolist():
+        span = int(plan.fields[tensor, 4])
+        assert start % span == 0
+        slots = first_slots.setdefault((tensor, offset), slot)
+        assert slot == slots + start // span
+        assert start // span < buckets.MAX_PARTS
+    covered = [t[0] for t in plan.parts.tolist()]
+    for bucket in plan.buckets:
+        if not bucket.shape.split:
+            continue
+        for tensor in bucket.tensors:
+            layout, span = tensors[tensor].layout, int(plan.fields[tensor, 4])
+            assert covered.count(tensor) == layout.units * -(-layout.length // span)
+        for tensor, offset, _, slot in bucket.tiles.tolist():
+            assert slot == first_slots[tensor, offset]
+
+
+def assert_keeps_promises(plan: BucketPlan, tensors: Sequence[TensorUnits], itemsize: int) -> None:
+    """Wide accesses only where they are aligned, contiguous accesses only where units are."""
+    for bucket in plan.buckets:
+        shape = bucket.shape
+        assert bucket.units == sum(tensors[i].layout.units for i in bucket.tensors)
+        assert bucket.elements == sum(math.prod(tensors[i].layout) for i in bucket.tensors)
+        assert list(bucket.tensors) == sorted(set(bucket.tiles[:, 0].tolist()))
+        for i in bucket.tensors:
+            layout, aligned, group = tensors[i]
+            assert shape.strided or layout.outer == 1
+            assert shape.split or layout.length <= shape.capacity
+            assert plan.fields[i, 3] == group
+            if shape.vector > 1:
+                assert shape.vector * itemsize == 16
+                assert aligned
+                assert layout.outer == 1
+                assert layout.length % shape.vector == 0
+    split = [bucket.shape for bucket in plan.buckets if bucket.shape.split]
+    assert plan.parts_vector == min((shape.vector for shape in split), default=1)
+    assert plan.parts_strided == any(shape.strided for shape in split)
+
+
+EDGES = (1, 2, 4, 8, 127, 128, 129, 640, 641, 1280, 8192, 8193, 20480, 20481, 40_000)
+LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from(EDGES))
+LAYOUTS = st.one_of(
+    st.builds(UnitLayout, st.just(1), st.integers(1, 5), LENGTHS),
+    st.builds(UnitLayout, LENGTHS, st.integers(1, 3), st.integers(1, 9)),
+)
+TENSORS = st.lists(st.builds(TensorUnits, LAYOUTS, st.booleans(), st.integers(0, 3)), min_size=1)
+
+
+@given(
+    tensors=TENSORS.filter(lambda tensors: sum(math.prod(t.layout) for t in tensors) < 500_000),
+    itemsize=st.sampled_from([2, 4, 8]),
+    states=st.integers(0, 3),
+    launch_elements=st.sampled_from([-math.inf, buckets.LAUNCH_ELEMENTS, math.inf]),
+    max_buckets=st.sampled_from([1, buckets.MAX_BUCKETS, 1000]),
+    max_parts=st.sampled_from([2, buckets.MAX_PARTS]),
+)
+def test_every_element_is_in_one_tile(
+    tensors: list[TensorUnits],
+    itemsize: int,
+    states: int,
+    launch_elements: float,
+    max_buckets: int,
+    max_parts: int,
+) -> None:
+    with mock.patch.multiple(
+        buckets,
+        LAUNCH_ELEMENTS=launch_elements,
+        MAX_BUCKETS=max_buckets,
+        MAX_PARTS=max_parts,
+    ):
+        plan = plan_buckets(tensors, itemsize, states)
+        assert sorted(i for b in plan.buckets for i in b.tensors) == list(range(len(tensors)))
+        assert_covers(plan, tensors)
+        assert_sums_parts(plan, tensors)
+        assert_keeps_promises(plan, tensors, itemsize)
+        # Aligned, unaligned and strided units may need one each.
+        assert len(plan.buckets) <= max(max_buckets, 3)
+
+
+# Warps and chunks of 128 elements a warp: the fewest warps with at most five that do not spill.
+FP32 = {
+    **{512: (1, 4), 640: (1, 5), 768: (2, 3), 1152: (2, 5), 1536: (4, 3), 2304: (4, 5)},
+    **{3072: (8, 3), 4096: (16, 2), 4608: (8, 5), 8192: (16, 4), 11008: (32, 3), 14336: (32, 4)},
+    **{20480: (32, 5)},
+}
+
+
+@pytest.mark.parametrize(("length", "expected"), FP32.items())
+def test_whole_units_in_registers(length: int, expected: tuple[int, int]) -> None:
+    warps, chunks = expected
+    shape = ideal_shape(rows(length), 4, 2)
+    assert shape == TileShape(1, 128 * warps, chunks, warps, 4, False, False)
+
+
+# With three states at most three, and 32 warps instead of 16 warps of three.
+FP32_3_STATES = {
+    **{384: (1, 3), 512: (2, 2), 768: (2, 3), 1536: (4, 3), 3072: (8, 3), 4096: (16, 2)},
+    **{4608: (32, 2), 6144: (32, 2), 8192: (32, 2), 12288: (32, 3)},
+}
+
+
+@pytest.mark.parametrize(("length", "expected"), FP32_3_STATES.items())
+def test_whole_units_in_registers_beside_three_states(
+    length: int, expected: tuple[int, int]
+) -> None:
+    warps, chunks = expected
+    shape = ideal_shape(rows(length), 4, 3)
+    assert shape == TileShape(1, 128 * warps, chunks, warps, 4, False, False)
+
+
+@pytest.mark.parametrize(("itemsize", "chunks"), [(2, 2), (4, 4), (8, 4)])
+def test_tiles_of_longer_units(itemsize: int, chunks: int) -> None:
+    wide = 16 // itemsize
+    shape = ideal_shape(rows(1 << 20), itemsize, 2)
+    assert shape == TileShape(1, 512 * wide, chunks, 16, wide, False, True)
+
+
+def test_units_of_at_most_one_access_per_warp_share_a_program() -> None:
+    assert ideal_shape(rows(128), 4, 2) == TileShape(4, 128, 1, 4, 4, False, False)
+    assert ideal_shape(rows(132), 4, 2) == TileShape(1, 128, 2, 1, 4, False, False)
+
+
+@pytest.mark.parametrize("states", [0, 1, 2, 3])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_the_smallest_shape_that_holds_a_unit(itemsize: int, states: int) -> None:
+    table = buckets.MAX_CHUNKS_3_STATES if states > 2 else buckets.MAX_CHUNKS
+    before = 0
+    for length in range(1, 25_000):
+        shape = ideal_shape(rows(length), itemsize, states)
+        assert not shape.strided
+        assert shape.vector == (16 // itemsize if length * itemsize % 16 == 0 else 1)
+        if shape.split:
+            break
+        # A warp reads 512 bytes at a time.
+        assert shape.rows * shape.columns * itemsize == 512 * (
+            4 if shape.rows > 1 else shape.num_warps
+        )
+        assert length <= shape.capacity < max(2 * length, 2 * 16 // itemsize)
+        assert shape.chunks <= table[itemsize]
+        assert shape.capacity >= before
+        before = shape.capacity
+    assert length == 512 * buckets.MAX_WARPS * table[itemsize] // itemsize + 1
+
+
+def test_alignment_and_strides_decide_the_width_of_accesses() -> None:
+    assert ideal_shape(rows(1024), 4, 2).vector == 4
+    assert ideal_shape(rows(1024, aligned=False), 4, 2).vector == 1
+    assert ideal_shape(rows(1026), 4, 2).vector == 1
+    assert ideal_shape(rows(1024), 2, 2).vector == 8
+    assert ideal_shape(rows(1028), 2, 2).vector == 1
+    shape = ideal_shape(strided(256, 4), 4, 2)
+    assert (shape.vector, shape.strided) == (1, True)
+
+
+MODELS = sorted(path.stem for path in TABLES.glob("*.csv"))
+
+
+def model_units(model: str) -> list[TensorUnits]:
+    layouts = [unit_layout(torch.Size(s), tuple(range(len(s))), None) for s in load_shapes(model)]
+    return [TensorUnits(layout, True, i % 3) for i, layout in enumerate(layouts)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_few_launches_for_a_whole_model(model: str) -> None:
+    tensors = model_units(model)
+    plan = plan_buckets(tensors, 4, 2)
+    assert 2 + len(plan.buckets) <= 6  # beside a copy of the tables and the kernel that begins
+    total = sum(math.prod(t.layout) for t in tensors)
+    assert sum(bucket.elements for bucket in plan.buckets) == total
+    assert_keeps_promises(plan, tensors, 4)
+    # A launch for next to nothing is one that no other bucket could have taken over.
+    small = [b.shape for b in plan.buckets if b.elements < buckets.LAUNCH_ELEMENTS]
+    assert all(shape.vector == 1 or shape.split for shape in small)
+
+
+def test_small_classes_join_larger_ones() -> None:
+    tensors = [rows(1536, 10_000), rows(768, 100), rows(64, 3), rows(7), rows(1, 1)]
+    plan = plan_buckets(tensors, 4, 2)
+    assert [(bucket.shape.vector, bucket.tensors) for bucket in plan.buckets] == [
+        (1, (3, 4)),
+        (4, (0, 1, 2)),
+    ]
+
+
+def test_many_elements_are_worth_a_launch() -> None:
+    tensors = [rows(1536, 10_000), rows(768, 10_000)]
+    assert [bucket.tensors for bucket in plan_buckets(tensors, 4, 2).buckets] == [(1,), (0,)]
+
+
+def test_order_decides_nothing_but_the_table() -> None:
+    tensors = model_units("dm_nfnet_f0")
+    plan, again = plan_buckets(tensors, 4, 2), plan_buckets(tensors, 4, 2)
+    for a, b in zip(plan.buckets, again.buckets, strict=True):
+        assert (a.shape, a.tensors) == (b.shape, b.tensors)
+        assert np.array_equal(a.tiles, b.tiles)
+    turned = plan_buckets(tensors[::-1], 4, 2)
+    assert [dataclasses.astuple(b.shape) for b in turned.buckets] == [
+        dataclasses.astuple(b.shape) for b in plan.buckets
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [UnitLayout(1, 300_000, 20_480), UnitLayout(1, 3, 3 << 31), UnitLayout(1 << 12, 3, 1 << 20)],
+    ids=["registers", "split", "strided"],
+)
+def test_offsets_beyond_32_bits(layout: UnitLayout) -> None:
+    plan = plan_buckets([TensorUnits(layout, True, 0)], 4, 2)
+    (bucket,) = plan.buckets
+    outer, units, inner = layout
+    assert bucket.tiles.dtype == plan.fields.dtype == plan.parts.dtype == np.int64
+    assert bucket.elements == math.prod(layout) > 1 << 31
+    assert plan.fields[0, :3].tolist() == [outer * inner, inner, units * inner]
+    assert bucket.tiles[:, 1].max() == (units - 1) * inner
+    if bucket.shape.split:
+        last = bucket.tiles[-1]
+        assert last[2] + bucket.shape.capacity >= layout.length > last[2]
+        assert plan.slots == units * -(-layout.length // int(plan.fields[0, 4]))
+        assert plan.slots <= units * buckets.MAX_PARTS
+    else:
+        assert len(bucket.tiles) == units
+
+
+def test_rows_of_a_large_embedding() -> None:
+    plan = plan_buckets([rows(64, 40_000_000)], 4, 2)
+    (bucket,) = plan.buckets
+    per_tile = bucket.shape.rows
+    assert len(bucket.tiles) == 40_000_000 // per_tile
+    assert bucket.tiles[-1].tolist() == [0, (40_000_000 - per_tile) * 64, per_tile, 0]

@@ -1,0 +1,253 @@
+"""CUDA graphs without a GPU: what a capture leaves to its graph, and what it is refused.
+
+The interpreter runs a captured step at once; its launches are then replayed as a graph would.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agc_triton import adaptive_clip_grad_, dispatch
+from agc_triton.triton_path.launches import Launch
+from agc_triton.triton_path.tables import CAPTURES
+from tests.support.cases import NAMES, STATEFUL, build
+from tests.support.helpers import same
+from tests.support.triton_cases import (
+    CLIPPING,
+    DEVICE,
+    TRITON,
+    KernelOracle,
+    check_clipped,
+    make_grad,
+    make_weight,
+    states_of,
+)
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu/test_graphs.py captures there")
+
+SHAPES = ((3, 20), (7, 1, 1, 1), (2, 700), (1, 2, 10_245))
+every_rule = pytest.mark.parametrize("name", NAMES)
+
+
+class Graph:
+    """The launches of a step, and the upload before them, to be made again."""
+
+    def __init__(self, launches: list[Launch]) -> None:
+        self.launches = launches
+
+    def replay(self) -> None:
+        for launch in self.launches:
+            launch.fire()
+
+
+@contextmanager
+def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
+    """A graph of what is launched within; nothing is launched yet."""
+    launches: list[Launch] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "is_capturing", lambda: True)
+        patch.setattr(Launch, "fire", lambda self: launches.append(copy.copy(self)))
+        yield Graph(launches)
+
+
+def make_params() -> list[Tensor]:
+    return [make_weight(shape, seed=i).float() for i, shape in enumerate(SHAPES)]
+
+
+def make_grads(seed: int) -> list[Tensor]:
+    return [make_grad(s, seed=10 * seed + i).float() for i, s in enumerate(SHAPES)]
+
+
+def set_grads(params: list[Tensor], grads: list[Any]) -> None:
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+
+
+class Captured:
+    """An optimizer beside its oracle, through eager steps and replays."""
+
+    def __init__(self, name: str) -> None:
+        self.params = make_params()
+        options = {**STATEFUL[name], **TRITON}
+        self.optimizer: Any = build(name, self.params, options)
+        self.oracle = KernelOracle(name, self.params, **options)
+
+    def eager(self, seed: int, without: int | None = None) -> None:
+        grads: list[Any] = make_grads(seed)
+        if without is not None:
+            grads[without] = None
+        set_grads(self.params, grads)
+        self.oracle.step(grads)
+        self.optimizer.step()
+        self.check()
+
+    def replay(self, graph: Graph, grads: list[Tensor]) -> None:
+        self.oracle.step(grads)
+        graph.replay()
+        self.check()
+
+    def check(self) -> None:
+        self.oracle.check(self.params, states_of(self.optimizer, self.params))
+
+
+@every_rule
+def test_graphs_keep_their_own_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Captured(name)
+    run.eager(0)
+    plan = run.optimizer._plan
+    graphs = []
+    for seed in (1, 2):
+        grads = make_grads(seed)
+        set_grads(run.params, grads)
+        with capture(monkeypatch) as graph:
+            run.optimizer.step()
+        graphs.append((graph, grads))
+    for graph, grads in (*graphs, graphs[0]):
+        run.replay(graph, grads)
+    run.eager(3)
+    run.replay(*graphs[1])
+    assert run.optimizer._plan is plan
+
+
+def test_two_graphs_of_the_same_gradients(
+    uploads: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Captured("AdamW")
+    run.eager(0)
+    grads = make_grads(1)
+    set_grads(run.params, grads)
+    uploads.clear()
+    graphs = []
+    for _ in range(2):
+        with capture(monkeypatch) as graph:
+            run.optimizer.step()
+        graphs.append(graph)
+    assert uploads == [True, True]  # either may be replayed without the other
+    for graph in reversed(graphs):
+        run.replay(graph, grads)
+
+
+@every_rule
+def test_a_graph_and_steps_of_part_of_the_parameters_count_together(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Captured(name)
+    run.eager(0, without=2)
+    grads: list[Any] = make_grads(1)
+    grads[2] = None
+    set_grads(run.params, grads)
+    with capture(monkeypatch) as graph:
+        run.optimizer.step()
+    run.replay(graph, grads)
+    run.eager(2, without=1)  # the first gradient of the third parameter: another plan
+    run.replay(graph, grads)
+    run.eager(3)
+    run.replay(graph, grads)
+
+
+def test_captures_without_a_plan_or_memory_for_them_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Captured("AdamW")
+    set_grads(run.params, make_grads(0))
+    before = copy.deepcopy(run.params)
+    with capture(monkeypatch), pytest.raises(RuntimeError, match=r"step\(\) once .*before"):
+        run.optimizer.step()
+    assert same(run.params, before)
+    run.eager(1)
+    for seed in range(2, 2 + CAPTURES):
+        set_grads(run.params, make_grads(seed))
+        with capture(monkeypatch):
+            run.optimizer.step()
+    set_grads(run.params, make_grads(0))
+    with capture(monkeypatch), pytest.raises(RuntimeError, match=f"no more than {CAPTURES}"):
+        run.optimizer.step()
+
+
+def test_kernels_are_not_loaded_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Captured("AdamW")
+    run.eager(0)
+    monkeypatch.setattr(Launch, "loaded", False)
+    set_grads(run.params, make_grads(1))
+    before = copy.deepcopy(run.params)
+    with capture(monkeypatch), pytest.raises(RuntimeError, match="kernels are not loaded"):
+        run.optimizer.step()
+    assert same(run.params, before)
+
+
+def test_clipping_alone_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params()
+
+    def clip(grads: list[Tensor]) -> None:
+        set_grads(params, grads)
+        adaptive_clip_grad_(params, CLIPPING, backend="triton")
+
+    with capture(monkeypatch), pytest.raises(RuntimeError, match="clipping once on them before"):
+        clip(make_grads(0))
+    clip(make_grads(0))
+    graphs = []
+    for seed in (1, 2):
+        grads = make_grads(seed)
+        with capture(monkeypatch) as graph:
+            clip(grads)
+        assert same(grads, make_grads(seed))
+        graphs.append((graph, grads, seed))
+    eager = make_grads(3)
+    clip(eager)
+    others = [make_params() for _ in range(9)]  # more than there are plans kept for
+    for other in others:
+        set_grads(other, make_grads(4))
+        adaptive_clip_grad_(other, CLIPPING, backend="triton")
+    for graph, grads, seed in graphs:
+        graph.replay()
+        for p, grad, before in zip(params, grads, make_grads(seed), strict=True):
+            check_clipped(p, before, grad)
+    before_eager = make_grads(3)
+    for p, grad, before in zip(params, eager, before_eager, strict=True):
+        check_clipped(p, before, grad)
+
+
+@every_rule
+def test_what_checkpoints_replace_is_let_go_but_graphs_stay(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Captured(name)
+    run.eager(0)
+    grads = make_grads(1)
+    set_grads(run.params, grads)
+    with capture(monkeypatch):
+        run.optimizer.step()
+    plan = run.optimizer._plan
+    run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    assert not plan.steps
+    run.eager(2)
+    # Whatever there is no plan for any more.
+    run.optimizer.backend = "torch"
+    set_grads(run.params, make_grads(3))
+    run.optimizer.step()
+    assert run.optimizer._plan is None
+    assert len(run.optimizer._captured) == 1
+
+
+def test_a_state_of_another_kind_is_laid_out_anew() -> None:
+    param = torch.randn(3, 4, dtype=torch.complex64)
+    values, grad = (
+        torch.randn(3, 4, dtype=torch.complex64),
+        torch.randn(3, 4, dtype=torch.complex64),
+    )
+    results = []
+    for buffer in (values.clone(), values.conj().clone().conj()):
+        weight = param.clone()
+        optimizer = build("SGD", [weight], {**STATEFUL["SGD"], **TRITON})
+        optimizer.state[weight]["momentum_buffer"] = buffer
+        weight.grad = grad.clone()
+        optimizer.step()
+        results.append(weight)
+    assert torch.equal(*results)

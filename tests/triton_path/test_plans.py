@@ -1,0 +1,435 @@
+"""Plans are kept across steps, and refreshed when anything they depend on changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from agc_triton import AdamW_AGC, adaptive_clip_grad_
+from tests.support.cases import NAMES, STATEFUL
+from tests.support.helpers import nothing_changes, same
+from tests.support.triton_cases import (
+    CLIPPING,
+    DEVICE,
+    Guarded,
+    make_weight,
+    plan_of,
+    states_of,
+    tile_shapes,
+)
+from tests.support.triton_training import (
+    ADAMW,
+    MOMENTUM,
+    Training,
+    make_params,
+    moved,
+    unaligned,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_scratch")
+
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
+
+
+def test_kept_while_gradients_and_values_change() -> None:
+    training = Training("AdamW", make_params(), **ADAMW)
+    training.train()
+    plan = plan_of(training.optimizer)
+    training.train()
+    for without in ([1], [0, 2], []):
+        training.move_grads(without)
+        training.step()
+    training.groups[0].update(lr=0.25, betas=(0.8, 0.9), clipping=0.5, maximize=True)
+    training.train()
+    training.groups[0].update(clipping=0)
+    training.train()
+    assert plan_of(training.optimizer) is plan
+
+
+@pytest.mark.parametrize("without", [[], [1]], ids=["all", "some"])
+def test_tables_are_copied_only_when_they_change(without: list[int], uploads: list[bool]) -> None:
+    training = Training("AdamW", make_params(), **ADAMW)
+    for changes, expected in [({}, 1), ({}, 0), ({"lr": 0.25}, 1), ({}, 0)]:
+        uploads.clear()
+        training.groups[0].update(changes)
+        if not training.optimizer.state:
+            training.move_grads(without)
+        training.step()
+        assert len(uploads) == expected
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_come_and_go(backend: str, name: str) -> None:
+    training = Training(name, make_params(), **STATEFUL[name], backend=backend)
+    for without in ([0, 1, 2], [1, 2], [0, 2], [0, 1, 2], [1], []):
+        training.move_grads(without)
+        training.step()
+
+
+VALUES: list[tuple[str, dict[str, Any]]] = [
+    ("AdamW", {"lr": 0.125}),
+    ("AdamW", {"betas": (0.5, 0.75)}),
+    ("AdamW", {"eps": 0.1}),
+    ("AdamW", {"weight_decay": 0.5}),
+    ("AdamW", {"maximize": True}),
+    ("AdamW", {"clipping": 0.5}),
+    ("AdamW", {"clipping": 0}),
+    ("AdamW", {"clipping": None}),
+    ("AdamW", {"agc_eps": 100.0}),
+    ("AdamW", {"unit_dim": 1}),
+    ("AdamW", {"capturable": True}),
+    ("SGD", {"momentum": 0.0}),
+    ("SGD", {"momentum": 0.5}),
+    ("SGD", {"dampening": 0.0, "nesterov": True}),
+    ("RMSprop", {"alpha": 0.5}),
+    ("RMSprop", {"momentum": 0.5}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+@pytest.mark.parametrize(
+    ("backend", "name", "change"),
+    [
+        *(("triton", *case) for case in VALUES),
+        # torch.optim itself refuses capturable on a CPU.
+        *(("torch", *case) for case in VALUES if "capturable" not in case[1]),
+    ],
+    ids=str,
+)
+def test_options_change(backend: str, name: str, change: dict[str, Any]) -> None:
+    options = {"SGD": MOMENTUM, "RMSprop": STATEFUL["RMSprop"]}.get(name, ADAMW)
+    training = Training(name, make_params(), **options, backend=backend)
+    training.train()
+    training.groups[0].update(change)
+    training.train()
+
+
+def test_momentum_is_switched_on() -> None:
+    training = Training("SGD", make_params(), lr=0.5, dampening=0.4)
+    training.train(2)
+    training.groups[0]["momentum"] = 0.9
+    training.train(2)
+
+
+CHANGED_IN_PLACE: list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] = [
+    ({"lr": torch.tensor(0.5)}, lambda group: group["lr"].fill_(0.125)),
+    ({"lr": torch.tensor([0.5])}, lambda group: group["lr"].mul_(0.25)),
+    (
+        {"lr": torch.tensor(0.5), "betas": (torch.tensor(0.9), torch.tensor(0.99))},
+        lambda group: group["betas"][0].fill_(0.5),
+    ),
+    (
+        {"betas": (torch.tensor(0.9), torch.tensor(0.99))},
+        lambda group: group["betas"][1].fill_(0.75),
+    ),
+]
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("options", "change"), CHANGED_IN_PLACE, ids=["lr", "lr of shape (1,)", "betas", "betas alone"]
+)
+def test_options_change_in_place(
+    backend: str, options: dict[str, Any], change: Callable[[dict[str, Any]], Any]
+) -> None:
+    training = Training(
+        "AdamW", make_params(), **{**ADAMW, **copy.deepcopy(options)}, backend=backend
+    )
+    training.train()
+    change(training.groups[0])
+    training.train()
+
+
+@BACKENDS
+def test_a_list_changes_in_place(backend: str) -> None:
+    training = Training("AdamW", make_params(), **ADAMW, backend=backend)
+    training.groups[0]["betas"] = [0.9, 0.99]
+    training.train()
+    training.groups[0]["betas"][0] = 0.5
+    training.train()
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+def test_a_learning_rate_on_the_device_moves() -> None:
+    lr = torch.tensor(0.5, device=DEVICE)
+    training = Training("AdamW", make_params(), **{**ADAMW, "lr": lr, "capturable": True})
+    training.train()
+    left = lr.detach()
+    lr.data = torch.tensor(0.125, device=DEVICE)
+    left.fill_(torch.nan)
+    training.train()
+
+
+class OnAnotherGPU(Tensor):
+    """A tensor that says so."""
+
+    is_cuda = property(lambda self: True)
+    device = property(lambda self: torch.device("cuda:7"))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's own test has two of them")
+def test_a_learning_rate_on_another_gpu_is_read_at_every_step() -> None:
+    training = Training("AdamW", make_params(), **ADAMW)
+    lr = torch.tensor(0.5)
+    training.groups[0]["lr"] = lr.as_subclass(OnAnotherGPU)
+    training.train()
+    lr.fill_(0.125)
+    training.train()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_set_of_gradients_takes_the_same_plan(name: str) -> None:
+    training = Training(name, make_params(), **STATEFUL[name])
+    training.train()
+    plan = training.optimizer._plan
+    for without in ([0], [1, 2], [0, 2], [0, 1, 2], []):
+        training.move_grads(without)
+        training.step()
+        assert training.optimizer._plan is plan
+
+
+def test_states_that_were_loaded_need_no_gradient_to_be_planned() -> None:
+    trained = Training("AdamW", make_params(), **ADAMW)
+    trained.train(2)
+    training = Training("AdamW", make_params(), **ADAMW)
+    training.optimizer.load_state_dict(copy.deepcopy(trained.optimizer.state_dict()))
+    for without in ([1, 2], [0], [2]):
+        training.move_grads(without)
+        training.step()
+        assert len(plan_of(training.optimizer).steps[0].params) == len(training.params)
+
+
+def test_the_first_step_is_in_inference_mode() -> None:
+    # States made there could not be written to later, as with torch.optim.
+    training = Training("SGD", make_params(), lr=0.5)
+    training.move_grads()
+    with torch.inference_mode():
+        training.optimizer.step()
+        adaptive_clip_grad_(training.params, CLIPPING, backend="triton")
+    adaptive_clip_grad_(training.params, CLIPPING, backend="triton")
+    training.train(2)
+
+
+def test_backend_changes() -> None:
+    training = Training("SGD", make_params(), **MOMENTUM)
+    training.train()
+    training.optimizer.backend = "torch"
+    training.train()
+    assert training.optimizer._plan is None
+    training.optimizer.backend = "triton"
+    training.train()
+    assert training.optimizer._plan is not None
+
+
+@BACKENDS
+def test_groups_are_added(backend: str) -> None:
+    training = Training("AdamW", make_params(), **ADAMW, backend=backend)
+    training.train()
+    more = make_params(seed=7)
+    training.optimizer.add_param_group({"params": more[:2], "lr": 0.25, "clipping": 0.5})
+    training.train()
+    training.optimizer.add_param_group({"params": more[2:], "maximize": True})
+    training.train(2)
+
+
+@BACKENDS
+def test_parameters_move_to_other_memory(backend: str) -> None:
+    training = Training("AdamW", make_params(), **ADAMW, backend=backend)
+    training.train()
+    left = [p.detach() for p in training.params]
+    values = copy.deepcopy(left)
+    for p in training.params:
+        p.data = moved(p)
+    training.train()
+    assert same(left, values)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": torch.t,
+    "reshaped": lambda t: t.view(2, 8),
+    "flattened": lambda t: t.view(-1),
+}
+
+
+@BACKENDS
+def test_parameters_are_transposed_and_nothing_else(backend: str) -> None:
+    training = Training("SGD", [make_weight((4, 4)).float().to(DEVICE)], lr=0.5, backend=backend)
+    training.train()
+    (param,) = training.params
+    param.data = param.data.t()
+    training.step()
+
+
+@BACKENDS
+def test_a_parameter_narrowed_where_it_is_leaves_the_rest_alone(backend: str) -> None:
+    training = Training("SGD", [make_weight((4, 4)).float().to(DEVICE)], lr=0.5, backend=backend)
+    training.train()
+    (param,) = training.params
+    whole, before = param.data, param.detach().clone()
+    param.data = whole[:2]  # the same address and strides, and the gradient as it was
+    with pytest.raises(RuntimeError, match=r"4, 4.*2, 4"):
+        training.optimizer.step()
+    assert torch.equal(whole, before)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_parameters_change_shape_where_they_are(backend: str, name: str, view: str) -> None:
+    training = Training(name, [make_weight((4, 4)).float().to(DEVICE)], lr=0.5, backend=backend)
+    training.train()
+    (param,) = training.params
+    assert param.grad is not None
+    grad, param.grad = param.grad, None
+    param.data = VIEWS[view](param.data)
+    param.grad = VIEWS[view](grad)
+    for state in states_of(training.optimizer, [param]):
+        state.update({key: VIEWS[view](x) for key, x in state.items() if key != "step"})
+    training.step()
+
+
+def test_parameters_change_dtype_where_they_are() -> None:
+    training = Training("SGD", make_params(torch.float16), lr=0.5)
+    training.train()
+    for p in training.params:
+        assert p.grad is not None
+        grad, p.grad = p.grad, None
+        values, grads = p.to(torch.bfloat16), grad.to(torch.bfloat16)
+        p.data = p.data.view(torch.bfloat16).copy_(values)
+        p.grad = grads  # of another dtype, so another tensor
+    training.step()
+
+
+@BACKENDS
+def test_parameters_are_frozen_and_thawed(backend: str) -> None:
+    training = Training("AdamW", [Parameter(p) for p in make_params()], **ADAMW, backend=backend)
+    training.train()
+    training.params[1].requires_grad_(False)
+    before = training.params[1].detach().clone()
+    training.move_grads(without=[1])
+    training.step()
+    assert torch.equal(training.params[1], before)
+    training.params[1].requires_grad_(True)
+    training.train()
+
+
+@pytest.mark.parametrize("clipping", [0, CLIPPING])
+def test_gradients_of_another_shape_are_refused(clipping: float) -> None:
+    training = Training("AdamW", make_params(), **ADAMW, clipping=clipping)
+    training.train()
+    param = training.params[0]
+    assert param.grad is not None
+    param.grad = Guarded(param.grad).tensor
+    param.data = make_weight((6, 20)).float().to(DEVICE)
+    training.optimizer.state.pop(param)
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        training.optimizer.step()
+    assert torch.equal(param, before)
+
+
+def vectors(training: Training) -> set[int]:
+    return {shape.vector for shape in tile_shapes(training.optimizer)}
+
+
+def test_gradients_lose_and_regain_alignment() -> None:
+    training = Training("AdamW", make_params()[::2], **ADAMW)
+    training.train()
+    assert vectors(training) == {4}
+    training.move_grads(place=unaligned)
+    training.step()
+    assert vectors(training) == {1}
+    training.train()
+
+
+def test_parameters_and_states_lose_alignment() -> None:
+    training = Training("AdamW", make_params()[::2], **ADAMW)
+    training.train()
+    for p in training.params:
+        p.data = unaligned(p.data)
+    training.train()
+    assert vectors(training) == {1}
+    for p in training.params:
+        p.data = moved(p)
+    training.train()
+    assert vectors(training) == {4}
+    for p in training.params:
+        training.optimizer.state[p]["exp_avg"] = unaligned(training.optimizer.state[p]["exp_avg"])
+    training.train()
+    assert vectors(training) == {1}
+
+
+@BACKENDS
+def test_gradients_change_layout(backend: str) -> None:
+    weight = make_weight((4, 3, 2, 2)).float().to(DEVICE)
+    training = Training("AdamW", [weight], **ADAMW, backend=backend)
+    training.train()
+    for layout in (torch.channels_last, torch.contiguous_format):
+        training.move_grads(place=partial(torch.clone, memory_format=layout))
+        training.step()
+    weight.data = weight.data.to(memory_format=torch.channels_last)
+    training.train()
+
+
+def exchange(groups: list[dict[str, Any]]) -> None:
+    first, second = (group["params"] for group in groups)
+    first[0], second[0] = second[0], first[0]
+
+
+def replace(groups: list[dict[str, Any]]) -> None:
+    groups[0]["params"][0] = make_weight((3, 20), seed=9).float().to(DEVICE)
+
+
+REGROUPED: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "exchanged": exchange,
+    "replaced": replace,
+    "reversed": lambda groups: groups.reverse(),
+    "removed": lambda groups: groups.pop(),
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("change", REGROUPED)
+def test_parameters_change_groups(backend: str, change: str) -> None:
+    first, second = make_params(), make_params(seed=5)
+    groups = [{"params": first}, {"params": second, "lr": 0.125, "clipping": 0.5}]
+    training = Training("SGD", groups, **MOMENTUM, backend=backend)
+    training.train()
+    REGROUPED[change](training.groups)
+    before = {p: p.detach().clone() for p in (*first, *second)}
+    training.train()
+    present = set(training.params)
+    for p in before:
+        assert (p in present) != torch.equal(p, before[p])
+
+
+@pytest.mark.parametrize("option", [{"foreach": True}, {"differentiable": True}, {"fused": False}])
+def test_an_option_that_means_the_torch_path_is_refused(option: dict[str, Any]) -> None:
+    training = Training("AdamW", make_params(), **ADAMW)
+    training.train()
+    training.groups[0].update(option)
+    training.move_grads()
+    with (
+        nothing_changes(training.params),
+        pytest.raises((ValueError, RuntimeError), match="triton"),
+    ):
+        training.optimizer.step()
+
+
+def test_one_plan_for_one_optimizer() -> None:
+    # Two optimizers over the same parameters do not share tables.
+    params = make_params()
+    first, second = Training("AdamW", params, **ADAMW), Training("AdamW", params, **ADAMW)
+    first.train()
+    second.train()
+    first.step()
+    assert isinstance(first.optimizer, AdamW_AGC)
+    assert plan_of(first.optimizer) is not plan_of(second.optimizer)
