@@ -24,6 +24,7 @@ test: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(VENV)/bin/lint-imports
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
 
 # What takes minutes: thousands of steps, many random sequences of operations.

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agc_triton import dispatch
-from agc_triton.norms import clip_factors, unit_norms
-from agc_triton.rule import Clip
-from agc_triton.torch_path.step import clip_grads_
+from agc_triton.dispatch import Clipper
+from agc_triton.norms import Clip, clip_factors, unit_norms
+from agc_triton.routing import check_backend
 from agc_triton.units import norm_dims, resolve_unit_dim
 from agc_triton.validation import (
     check_grad,
@@ -63,7 +62,7 @@ def adaptive_clip_grad_(
         TypeError, ValueError: no tensors, or an option of the wrong type or out of range.
         RuntimeError: a gradient that cannot be clipped; none has been changed then.
     """
-    dispatch.check_backend(backend)
+    check_backend(backend)
     options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
     check_options(options, "")
     params = _as_list(parameters)
@@ -84,16 +83,16 @@ def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 # Plans of the latest callers; they keep no parameter alive.
-_clippers: OrderedDict[tuple[int, ...], dispatch.Clipper] = OrderedDict()
+_clippers: OrderedDict[tuple[int, ...], Clipper] = OrderedDict()
 _CLIPPERS = 8
 # What captured graphs replay outlives its plan.
 _captured: list[Any] = []
 
 
-def _clipper(params: list[Tensor]) -> dispatch.Clipper:
+def _clipper(params: list[Tensor]) -> Clipper:
     key = tuple(map(id, params))
     # Taken out and put back at the end, so that no other thread can drop it in between.
-    clipper = _clippers.pop(key, None) or dispatch.Clipper()
+    clipper = _clippers.pop(key, None) or Clipper()
     _clippers[key] = clipper
     while len(_clippers) > _CLIPPERS:
         _, dropped = _clippers.popitem(last=False)
@@ -101,9 +100,7 @@ def _clipper(params: list[Tensor]) -> dispatch.Clipper:
     return clipper
 
 
-def clip_groups_(
-    groups: Sequence[Mapping[str, Any]], backend: str, clipper: dispatch.Clipper
-) -> None:
+def clip_groups_(groups: Sequence[Mapping[str, Any]], backend: str, clipper: Clipper) -> None:
     """Check all gradients of all groups, then clip them in place; clipping 0 or None skips a group.
 
     Raises:
@@ -114,18 +111,9 @@ def clip_groups_(
             if group["clipping"] and param.grad is not None:
                 _check(param, param.grad, group, index, i)
     for group, params in zip(groups, clipper.clip_(groups, backend), strict=True):
-        if not group["clipping"]:
-            continue
-        clip = Clip.of(group)
-        dense = []
-        for param in params:
-            if param.grad is None:
-                continue
-            if param.grad.layout is torch.strided:
-                dense.append(param)
-            else:
-                _clip_sparse_rows_(param, param.grad, clip)
-        clip_grads_(dense, clip)
+        if group["clipping"]:
+            for param in params:
+                _clip_sparse_rows_(param, Clip.of(group))
 
 
 def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -150,8 +138,10 @@ def _check_sparse_rows(param: Tensor, grad: Tensor, unit_dim: int | None, name: 
         )
 
 
-def _clip_sparse_rows_(param: Tensor, grad: Tensor, clip: Clip) -> None:
+def _clip_sparse_rows_(param: Tensor, clip: Clip) -> None:
     """Clip a row-sparse gradient, each row present against its row of the parameter."""
+    grad = param.grad
+    assert grad is not None
     if not grad.is_coalesced():
         grad = param.grad = grad.coalesce()
     values = grad.values()

@@ -1,181 +1,187 @@
-"""Which backend steps a parameter, and why; the only file that imports kernels, on need."""
+"""The one door to both paths: what is asked of them, kept from step to step."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from agc_triton.torch_path.slices import PLAIN
+from agc_triton.nonfinite import SkippedUnits, check_finite
+from agc_triton.norms import Clip
+from agc_triton.routing import eligible, launches
+from agc_triton.rule import Batches, Work
+from agc_triton.torch_path import step as torch_path
+from agc_triton.torch_path.plan import BlockPlans
+from agc_triton.triton_path.buckets import Bucket as Bucket
+from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
 from agc_triton.triton_path.plan import ClipPlan, OptimizerPlan
-from agc_triton.units import has_units, memory_order
-from agc_triton.validation import tensor_name
-
-if TYPE_CHECKING:
-    from agc_triton.optim.optimizer import AGCOptimizer
-
-BACKENDS = ("auto", "triton", "torch")
-
-# The first release whose tuples the kernels can be written with.
-TRITON_NEEDED = (3, 6)
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# Packages whose frames lie between a warning and the user's line.
-WITHIN = ("agc_triton", "torch")
+from agc_triton.triton_path.tables import ALIGNMENT, kernel_layout
+from agc_triton.validation import (
+    CheckedGroups,
+    check_grad,
+    check_group,
+    check_options,
+    check_shapes,
+    tensor_name,
+)
 
 
-def check_backend(backend: str) -> None:
-    """Check the ``backend`` argument.
+@contextmanager
+def whole_states(state: MutableMapping[Tensor, Any]) -> Iterator[None]:
+    """Take back the states that were created before something failed, out of memory say.
 
-    Raises:
-        ValueError: not one of ``BACKENDS``.
-        RuntimeError: ``"triton"`` where the kernels cannot be used.
+    What is half there, or there without its first update, would change the next step.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"Invalid backend: {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    if backend == "triton" and (reason := kernels_missing()):
-        raise RuntimeError(f"backend='triton' cannot be used: {reason}; use backend='torch'")
-
-
-@functools.cache
-def kernels_missing() -> str | None:
-    """Why the Triton kernels cannot be used in this process, or None."""
+    known = len(state)
     try:
-        # Builds for other platforms have distributions of other names.
-        version = importlib.import_module("triton").__version__
-        if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
-            return f"triton {version} is older than {'.'.join(map(str, TRITON_NEEDED))}"
-        importlib.import_module("agc_triton.triton_path.launches")
-    except (ImportError, ValueError) as error:
-        return f"the kernels cannot be imported ({error})"
-    return None
+        yield
+    except BaseException:
+        for param in list(state)[known:]:
+            del state[param]
+        raise
 
 
-@functools.cache
-def _launch() -> Any:
-    return importlib.import_module("agc_triton.triton_path.launches")
+def limited(group: dict[str, Any], nonfinite: str) -> dict[str, Any]:
+    """The group; without clipping an infinite limit where units are needed all the same."""
+    if group["clipping"] or nonfinite != "skip_unit":
+        return group
+    return {**group, "clipping": math.inf}
 
 
-def asks_for_torch(group: Mapping[str, Any]) -> str | None:
-    """The option of a group that means the torch path, or None."""
-    for option, value in (("foreach", True), ("differentiable", True), ("fused", False)):
-        given = group.get(option)
-        if given is not None and bool(given) is value:
-            return f"{option}={given}"
-    return None
+class Paths:
+    """What an optimizer keeps from step to step on both paths; it is never pickled."""
+
+    def __init__(self) -> None:
+        self.plan: OptimizerPlan | None = None
+        self.blocks, self.checked = BlockPlans(), CheckedGroups()
+        self.skipped = SkippedUnits()
+        self.captured: list[Any] = []  # as of FusedStep
+
+    def release(self) -> None:
+        """Let go of states that have been replaced; graphs keep what they captured."""
+        self.blocks = BlockPlans()
+        if self.plan is not None:
+            self.plan.release()
+
+    def step(self, work: Work, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Check and plan everything on both paths, then update.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as `AGCOptimizer.step`; nothing has been changed.
+        """
+        capturing = is_capturing()
+        if work.nonfinite == "raise":
+            if capturing:
+                raise RuntimeError(
+                    "nonfinite='raise' waits for the device, which a CUDA graph cannot capture; use"
+                    " nonfinite='skip_unit'"
+                )
+            # GradScaler's overflows are a matter of course, and skip the step anyway.
+            if found_inf is None or not found_inf.item():
+                check_finite(work.groups)
+        fits = self.plan is not None and self.plan.refresh(work)
+        rest = self.plan.rest(work.groups) if fits and self.plan else work.groups
+        if rest:
+            for index, group in enumerate(work.groups):
+                self._check(work, group, index)
+        with whole_states(work.state):
+            if not fits:
+                self.plan = self._planned(work, capturing)
+                if self.plan is not None:
+                    check_fits(self.plan.refresh(work))
+                    rest = self.plan.rest(work.groups)
+            # A host sync on CUDA, as GradScaler itself has for optimizers it cannot fuse with.
+            if rest and found_inf is not None and found_inf.item():
+                rest = []
+            ready = self._ready(work, rest, grad_scale, found_inf)
+        if self.plan is not None:
+            self.plan.run(grad_scale, found_inf, capturing)
+        for step in ready:
+            step()
+
+    def _planned(self, work: Work, capturing: bool) -> OptimizerPlan | None:
+        """The Triton path's plan, or None if nothing takes it."""
+        taken = [eligible(work.backend, group, i) for i, group in enumerate(work.groups)]
+        if not any(taken):
+            return None
+        _refuse_capture(capturing, "step()")
+        launcher = partial(launches().StepLauncher, skipped=self._skipping(work))
+        # Memory that is made in inference mode cannot be written to outside of it.
+        with torch.inference_mode(False):
+            return OptimizerPlan(work, taken, launcher, self.plan, self.captured)
+
+    def _ready(
+        self,
+        work: Work,
+        groups: list[dict[str, Any]],
+        scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[Callable[[], None]]:
+        """What steps these groups on the torch path, all of it checked before any of it runs."""
+        scale = None if scale is None else scale.reshape(())
+        check = partial(self._check_shapes, work)
+        ready: list[Callable[[], None]] = []
+        for index, (group, batches) in enumerate(_created(work, groups)):
+            if not group["clipping"]:
+                first = next(batches)
+                if first[0].misshapen:
+                    check(first[0].params, group)
+                args = work.rule, chain([first], batches), group, scale, found_inf
+                ready.append(partial(torch_path.step_unclipped, *args))
+                continue
+            clip = Clip.of(group, self._skipping(work))
+            for at, (lists, options) in enumerate(batches):
+                if not lists.params:
+                    self.blocks.drop((index, at))
+                    continue
+                plan = self.blocks.get((index, at), lists, options, clip, check)
+                ready.append(torch_path.ready(work.rule, plan, lists, options, clip, scale))
+        return ready
+
+    def _skipping(self, work: Work) -> SkippedUnits | None:
+        """Where skipped units are counted, if they are skipped."""
+        return self.skipped if work.nonfinite == "skip_unit" else None
+
+    def _check(self, work: Work, group: dict[str, Any], index: int) -> None:
+        group = limited(group, work.nonfinite)
+        if self.checked.holds(group, index):
+            check_options(group, f" in parameter group {index}")
+            return
+        check_group(group, index)
+        if not group["clipping"]:
+            return
+        for i, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{work.name} does not support sparse gradients, as of"
+                    f" {tensor_name(group, index, i)}; wrap an optimizer that does"
+                    " (agc_triton.AGC(torch.optim.SparseAdam(...))), or set clipping=0"
+                    f"{' without skip_unit' if work.nonfinite == 'skip_unit' else ''}"
+                )
+            check_grad(param, grad, group, index, i)
+        self._check_shapes(work, [p for p in group["params"] if p.grad is not None], group)
+        self.checked.add(group, index)
+
+    def _check_shapes(self, work: Work, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        keys = work.rule.kernel.states(group)
+        check_shapes(params, keys, work.state, work.groups)
 
 
-def check_group_backend(backend: str, group: Mapping[str, Any], index: int) -> None:
-    """Check that a group does not ask for the torch path together with ``backend="triton"``.
-
-    Raises:
-        ValueError: it does.
-    """
-    option = asks_for_torch(group)
-    if backend == "triton" and option:
-        raise ValueError(
-            f"{option} in parameter group {index} means the torch path and cannot be used with"
-            " backend='triton'; leave out one of them"
-        )
-
-
-def reasons(backend: str, group: Mapping[str, Any]) -> list[str | None]:
-    """Why each parameter of a group takes the torch path, or None if the kernels take it.
-
-    What the user asked for comes back as written: ``"torch"`` or, for example, ``"foreach=True"``.
-    """
-    found = [_why_torch(backend, group, param) for param in group["params"]]
-    if len(set(map(id, group["params"]))) < len(found):  # programs would update it at once
-        found = [reason or "a parameter is in its group twice" for reason in found]
-    return found
-
-
-def _why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | None:
-    if backend == "torch":
-        return backend
-    if option := asks_for_torch(group):
-        return option
-    if is_lazy(param):
-        return "it has no shape yet"
-    if param.numel() == 0:
-        return "it is empty"
-    if not param.is_cuda and (backend == "auto" or not _launch().interpreted()):
-        return f"it is on {param.device}, and Triton needs a GPU"
-    if missing := kernels_missing():
-        return missing
-    if type(param) not in PLAIN:
-        return f"a {type(param).__name__} is not a plain tensor"
-    if param.dtype.to_real() not in DTYPES:
-        return f"its dtype is {param.dtype}"
-    if memory_order(param) is None:
-        return "it is not dense in memory"
-    if param.is_conj() or param.is_neg():
-        return "it is a view that conjugates or negates"
-    if not group["clipping"] and not has_units(param.shape, group["unit_dim"]):
-        return f"unit_dim={group['unit_dim']} is out of range"
-    if param.grad is not None and param.grad.layout is not torch.strided:
-        return "its gradient is sparse"
-    return None
-
-
-def may_use_triton(backend: str, params: list[Tensor]) -> bool:
-    """Whether any of these could be stepped by the kernels."""
-    wanted = backend == "triton" or (backend == "auto" and any(p.is_cuda for p in params))
-    return wanted and kernels_missing() is None
-
-
-def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]:
-    """The parameters of a group that the kernels take.
-
-    Raises:
-        RuntimeError: ``backend="triton"`` and one that they cannot take.
-    """
-    on_gpu = any(param.is_cuda for param in group["params"])
-    if backend == "torch" or (backend == "auto" and not on_gpu):
-        return []
-    taken = []
-    pairs = zip(group["params"], reasons(backend, group), strict=True)
-    for i, (param, reason) in enumerate(pairs):
-        if reason is None:
-            taken.append(param)
-        elif is_lazy(param) or param.numel() == 0:
-            continue
-        elif backend == "triton":
-            name = tensor_name(group, index, i)
-            raise RuntimeError(f"backend='triton' cannot step {name}: {reason}")
-        elif param.is_cuda and reason not in (backend, asks_for_torch(group)):
-            _warn_once(f"CUDA parameters take the torch path: {reason}")
-    return taken
-
-
-def plan(
-    optimizer: AGCOptimizer, previous: OptimizerPlan | None, capturing: bool
-) -> OptimizerPlan | None:
-    """The Triton path's plan for an optimizer, or None if nothing takes it.
-
-    Raises:
-        RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take, or a CUDA
-            graph is being captured.
-    """
-    taken = [
-        eligible(optimizer.backend, group, index)
-        for index, group in enumerate(optimizer.param_groups)
-    ]
-    if not any(taken):
-        return None
-    _refuse_capture(capturing, "step()")
-    launcher = functools.partial(_launch().StepLauncher, skipped=optimizer._skipping())
-    # Memory that is made in inference mode cannot be written to outside of it.
-    with torch.inference_mode(False):
-        return OptimizerPlan(optimizer, taken, launcher, previous)
+def _created(work: Work, groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Batches]]:
+    """The groups' batches; all states of all groups are created before any is updated."""
+    bounded = [limited(group, work.nonfinite) for group in groups]
+    batches = list(map(work.collect, bounded))
+    # A group's states are there with its first batch.
+    return [(group, chain([next(b)], b)) for group, b in zip(bounded, batches, strict=True)]
 
 
 class Clipper:
@@ -188,7 +194,7 @@ class Clipper:
         self.captured: list[Any] = []  # as of FusedStep
 
     def clip_(self, groups: Sequence[Mapping[str, Any]], backend: str) -> list[list[Tensor]]:
-        """Clip what the kernels take; returns, per group, the parameters that they do not.
+        """Clip on both paths; returns, per group, the parameters whose gradient is sparse.
 
         Raises:
             RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take.
@@ -209,12 +215,29 @@ class Clipper:
             if any(taken):
                 _refuse_capture(capturing, "clipping")
                 with torch.inference_mode(False):
-                    self._plan = ClipPlan(groups, taken, _launch().StepLauncher, self.captured)
+                    self._plan = ClipPlan(groups, taken, launches().StepLauncher, self.captured)
                 check_fits(self._plan.refresh(groups))
         if self._plan is not None:
             self._plan.run(capturing)
-        pairs = zip(groups, self._taken, strict=True)
-        return [[p for p in group["params"] if id(p) not in ids] for group, ids in pairs]
+        sparse = []
+        for group, ids in zip(groups, self._taken, strict=True):
+            rest = [p for p in group["params"] if id(p) not in ids and p.grad is not None]
+            sparse.append([p for p in rest if p.grad.layout is not torch.strided])
+            if group["clipping"]:
+                dense = [p for p in rest if p.grad.layout is torch.strided]
+                torch_path.clip_grads_(dense, Clip.of(group))
+        return sparse
+
+
+def buckets_of(
+    members: Sequence[tuple[Tensor, int | None, int]], states: int
+) -> tuple[Bucket, ...]:
+    """The launches over parameters of one dtype, each with its unit_dim and its group's index."""
+    tensors = [
+        TensorUnits(kernel_layout(p, unit_dim), p.data_ptr() % ALIGNMENT == 0, group)
+        for p, unit_dim, group in members
+    ]
+    return plan_buckets(tensors, members[0][0].dtype.to_real().itemsize, states).buckets
 
 
 def is_capturing() -> bool:
@@ -235,12 +258,3 @@ def check_fits(fits: bool) -> None:
     """Refuse to launch with tables that do not hold what is there now."""
     if not fits:
         raise AssertionError("a new plan does not fit what it was made from; please report this")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Warn at the line outside this package and torch that the step comes from."""
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals["__name__"].split(".")[0] in WITHIN:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)

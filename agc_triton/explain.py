@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton import dispatch
-from agc_triton.triton_path.buckets import Bucket, TensorUnits, plan_buckets
-from agc_triton.triton_path.tables import ALIGNMENT, kernel_layout
+from agc_triton.dispatch import Bucket, buckets_of
+from agc_triton.routing import reasons
+from agc_triton.rule import Work
 from agc_triton.units import has_units, resolve_unit_dim
-
-if TYPE_CHECKING:
-    from agc_triton.optim.optimizer import AGCOptimizer
 
 COLUMNS = [
     *("backend", "why", "device", "dtype", "class", "tensors", "units", "elements", "tile"),
@@ -24,22 +21,20 @@ COLUMNS = [
 ]
 
 
-def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
+def explain(work: Work, bandwidth: float) -> pd.DataFrame:
     """The table behind `AGCOptimizer.explain`: every parameter, with or without a gradient."""
-    kernel = optimizer.rule.kernel
-    fused: defaultdict[tuple[Any, ...], list[TensorUnits]] = defaultdict(list)
+    kernel = work.rule.kernel
+    fused: defaultdict[tuple[Any, ...], list[tuple[Tensor, int | None, int]]] = defaultdict(list)
     others: defaultdict[tuple[Any, ...], list[tuple[Tensor, int, int]]] = defaultdict(list)
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(work.groups):
         states, flags = len(kernel.states(group)), kernel.flags(group)
-        for param, reason in zip(
-            group["params"], dispatch.reasons(optimizer.backend, group), strict=True
-        ):
+        for param, reason in zip(group["params"], reasons(work.backend, group), strict=True):
             if is_lazy(param):
                 continue
             kind = (str(param.device), str(param.dtype).removeprefix("torch."))
             if reason is None:
                 key = (*kind, param.dtype, states, flags)
-                fused[key].append(_units(param, group["unit_dim"], index))
+                fused[key].append((param, group["unit_dim"], index))
             else:
                 known = has_units(param.shape, group["unit_dim"])
                 dim = resolve_unit_dim(param.shape, group["unit_dim"]) if known else None
@@ -48,7 +43,7 @@ def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
     rows = []
     for (device, dtype, stored, states, _), tensors in fused.items():
         rows.append(_row("triton", "", device, dtype, "begin", launches=1))
-        for bucket in plan_buckets(tensors, stored.to_real().itemsize, states).buckets:
+        for bucket in buckets_of(tensors, states):
             described = _describe(bucket, stored, states)
             rows.append(_row("triton", "", device, dtype, **described))
     for (device, dtype, reason), members in others.items():
@@ -65,10 +60,6 @@ def explain(optimizer: AGCOptimizer, bandwidth: float) -> pd.DataFrame:
     table.loc[len(table)] = _row("", "", "", "", "total", **total)
     table["floor_ms"] = table["bytes"] / bandwidth * 1e3
     return table
-
-
-def _units(param: Tensor, unit_dim: int | None, group: int) -> TensorUnits:
-    return TensorUnits(kernel_layout(param, unit_dim), param.data_ptr() % ALIGNMENT == 0, group)
 
 
 def _describe(bucket: Bucket, dtype: torch.dtype, states: int) -> dict[str, Any]:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from agc_triton.rule import Clip
+from agc_triton.nonfinite import SkippedUnits
 
 # Gradient norms are not taken for smaller than this when they divide (the authors' code).
 SMALLEST = 1e-6
 
 ZERO, ONE = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
+
+
+class Clip(NamedTuple):
+    """The AGC settings of one parameter group: limit = clipping * max(||w||, agc_eps).
+
+    ``skipped`` is there if units whose gradient norm is not finite are left alone and counted.
+    """
+
+    clipping: float
+    agc_eps: float
+    unit_dim: int | None = None
+    skipped: SkippedUnits | None = None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], skipped: SkippedUnits | None = None) -> Clip:
+        """The settings in a group."""
+        return cls(group["clipping"], group["agc_eps"], group["unit_dim"], skipped)
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from agc_triton.nonfinite import SkippedUnits
 
 
 class TensorLists(NamedTuple):
@@ -84,6 +81,22 @@ class Rule(NamedTuple):
     kernel: KernelRule
 
 
+class Work(NamedTuple):
+    """What one step is made on: an optimizer's groups and state, and how they are updated.
+
+    ``collect(group)`` creates states and gives what has a gradient; ``name`` is the class's, for
+    messages.
+    """
+
+    name: str
+    rule: Rule
+    groups: list[dict[str, Any]]
+    state: MutableMapping[Tensor, dict[str, Any]]
+    collect: Callable[[dict[str, Any]], Batches]
+    backend: str
+    nonfinite: str
+
+
 def number(value: Any) -> float:
     """A hyperparameter, which may be a tensor of one element, for functions that take numbers.
 
@@ -93,20 +106,3 @@ def number(value: Any) -> float:
     if type(value) is float:  # mostly
         return value
     return float(value.item() if isinstance(value, Tensor) else value)
-
-
-class Clip(NamedTuple):
-    """The AGC settings of one parameter group: limit = clipping * max(||w||, agc_eps).
-
-    ``skipped`` is there if units whose gradient norm is not finite are left alone and counted.
-    """
-
-    clipping: float
-    agc_eps: float
-    unit_dim: int | None = None
-    skipped: SkippedUnits | None = None
-
-    @classmethod
-    def of(cls, group: Mapping[str, Any], skipped: SkippedUnits | None = None) -> Clip:
-        """The settings in a group."""
-        return cls(group["clipping"], group["agc_eps"], group["unit_dim"], skipped)

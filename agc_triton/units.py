@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Types whose memory is what it seems: no subclass.
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 class UnitLayout(NamedTuple):
     """A dense tensor's elements in memory order, seen as (outer, units, inner).

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from agc_triton.rule import KernelRule
 from agc_triton.snapshot import Layouts
-from agc_triton.torch_path.slices import PLAIN
-from agc_triton.units import resolve_unit_dim
-
-if TYPE_CHECKING:
-    from agc_triton.rule import KernelRule
+from agc_triton.units import PLAIN, resolve_unit_dim
 
 # What norms in fp32 can be compared with.
 LARGEST = torch.finfo(torch.float32).max

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from agc_triton.norms import clip_factors, norm_dtype
-from agc_triton.rule import Clip
+from agc_triton.norms import Clip, clip_factors, norm_dtype
 from agc_triton.torch_path.joined import Joined
 from agc_triton.torch_path.scratch import Scratch
 from agc_triton.torch_path.slices import Cut, Part, Tensors, Walk, cut_out

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from agc_triton.rule import Clip, TensorLists, at
+from agc_triton.norms import Clip
+from agc_triton.rule import TensorLists, at
 from agc_triton.snapshot import Layouts
 from agc_triton.torch_path.blocks import blocks, largest_room
 from agc_triton.torch_path.slices import Walk, find_walk

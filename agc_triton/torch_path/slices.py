@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from agc_triton.rule import TensorLists
-from agc_triton.units import UnitLayout, memory_order, unit_layout
-
-PLAIN = (Tensor, torch.nn.Parameter)
+from agc_triton.units import PLAIN, UnitLayout, memory_order, unit_layout
 
 # By their index.
 Tensors = Sequence[Tensor] | Mapping[int, Tensor]

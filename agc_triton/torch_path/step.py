@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from agc_triton.nonfinite import Kept, update_others
-from agc_triton.norms import ONE, clip_factors, unit_norms
-from agc_triton.rule import Batches, Clip, Rule, TensorLists, Update, at
+from agc_triton.norms import ONE, Clip, clip_factors, unit_norms
+from agc_triton.rule import Batches, Rule, TensorLists, Update, at
 from agc_triton.torch_path.blocks import Block, blocks, largest_room
 from agc_triton.torch_path.plan import BlockPlan, Run
 from agc_triton.torch_path.scratch import Scratch

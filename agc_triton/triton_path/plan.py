@@ -7,19 +7,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from agc_triton.rule import KernelRule
+from agc_triton.rule import KernelRule, Work
 from agc_triton.triton_path.tables import CLIP_ONLY, FusedStep, Member
 from agc_triton.units import memory_order
 from agc_triton.validation import check_grad, check_states
 from agc_triton.versions import count_writes
-
-if TYPE_CHECKING:
-    from agc_triton.optim.optimizer import AGCOptimizer
 
 
 class PlannedStep(NamedTuple):
@@ -48,56 +45,58 @@ class OptimizerPlan:
     """What `AGCOptimizer.step` launches, over the parameters that ``eligible`` admits.
 
     Args:
-        optimizer: the optimizer; states of parameters with a gradient are created.
+        work: states of parameters with a gradient are created.
         eligible: per group, the parameters that the kernels can take.
         launcher: `agc_triton.triton_path.launches.StepLauncher`.
         previous: the plan before, whose step counts carry over.
+        captured: as of `FusedStep`.
     """
 
     def __init__(
         self,
-        optimizer: AGCOptimizer,
+        work: Work,
         eligible: Sequence[list[Tensor]],
         launcher: Callable[..., Any],
         previous: OptimizerPlan | None,
+        captured: list[Any],
     ) -> None:
-        self._how = optimizer.nonfinite, optimizer.backend
-        self._grouped = [list(group["params"]) for group in optimizer.param_groups]
-        self._state: Any = optimizer.state
+        self._how = work.nonfinite, work.backend
+        self._grouped = [list(group["params"]) for group in work.groups]
+        self._state: Any = work.state
         # Counts that no entry of the state holds go with the state that they were made for.
-        same_state = previous is not None and previous._state is optimizer.state
+        same_state = previous is not None and previous._state is work.state
         self._previous = previous if same_state else None
         self._rest = [
             [p for p in group["params"] if p not in taken]
-            for group, taken in zip(optimizer.param_groups, map(set, eligible), strict=True)
+            for group, taken in zip(work.groups, map(set, eligible), strict=True)
         ]
         self.counts: dict[Tensor, Tensor] = {}
         self._first: set[Tensor] = set()
         self.idle: list[Tensor] = []
         members: dict[tuple[Any, ...], list[Member]] = {}
         for index, params in enumerate(eligible):
-            for member in self._members(optimizer, index, params):
-                group = optimizer.param_groups[index]
-                flags = optimizer.rule.kernel.flags(group)
+            for member in self._members(work, index, params):
+                group = work.groups[index]
+                flags = work.rule.kernel.flags(group)
                 key = (member.param.device, member.param.dtype, flags, len(member.states))
                 members.setdefault(key, []).append(member)
-        self.steps = [self._planned(optimizer, list_, launcher) for list_ in members.values()]
+        self.steps = [self._planned(work, list_, launcher, captured) for list_ in members.values()]
         self._previous = None
-        self._entries = list(optimizer.state.values())
+        self._entries = list(work.state.values())
 
-    def _members(self, optimizer: AGCOptimizer, index: int, params: list[Tensor]) -> list[Member]:
+    def _members(self, work: Work, index: int, params: list[Tensor]) -> list[Member]:
         """Parameters with a gradient or states; these are created and laid out as they are."""
-        group, rule = optimizer.param_groups[index], optimizer.rule.kernel
+        group, rule = work.groups[index], work.rule.kernel
         # Step counts belong on the device, and clipping=0 differs only in its limit there.
         options = {**group, "params": params, "fused": None, "capturable": True}
         options["clipping"] = group["clipping"] or torch.inf
-        for lists, given in optimizer._batches(options):
+        for lists, given in work.collect(options):
             if given.get("is_first_step"):
                 self._first.update(lists.params)
         position = {param: i for i, param in enumerate(group["params"])}
         members = []
         for param in params:
-            entry, at = optimizer.state.get(param, {}), (group, index, position[param])
+            entry, at = work.state.get(param, {}), (group, index, position[param])
             if param.grad is not None:
                 check_grad(param, param.grad, *at)
             elif not _has_states(entry, rule, group):
@@ -110,11 +109,15 @@ class OptimizerPlan:
         return members
 
     def _planned(
-        self, optimizer: AGCOptimizer, members: list[Member], launcher: Callable[..., Any]
+        self,
+        work: Work,
+        members: list[Member],
+        launcher: Callable[..., Any],
+        captured: list[Any],
     ) -> PlannedStep:
-        groups, rule = optimizer.param_groups, optimizer.rule.kernel
+        groups, rule = work.groups, work.rule.kernel
         params = [member.param for member in members]
-        entries = [optimizer.state.get(p, {}) for p in params]
+        entries = [work.state.get(p, {}) for p in params]
         if rule.counts:
             given = [entry["step"] for entry in entries]
         else:
@@ -124,7 +127,7 @@ class OptimizerPlan:
         held = counts if rule.counts else []
         for entry, count in zip(entries, held, strict=bool(held)):
             entry["step"] = count
-        step = FusedStep(rule, members, groups, counts, launcher, optimizer._captured)
+        step = FusedStep(rule, members, groups, counts, launcher, captured)
         keys = rule.states(groups[members[0].group])
         return PlannedStep(step, params, entries, ("step", *keys) if rule.counts else keys)
 
@@ -140,12 +143,12 @@ class OptimizerPlan:
         pairs = zip(groups, self._rest, strict=True)
         return [{**group, "params": params} for group, params in pairs if params]
 
-    def refresh(self, optimizer: AGCOptimizer) -> bool:
+    def refresh(self, work: Work) -> bool:
         """Whether the plan fits what the optimizer holds now; its tables are then up to date."""
-        groups, state = optimizer.param_groups, optimizer.state
+        groups, state = work.groups, work.state
         if state is not self._state or len(groups) != len(self._grouped):
             return False
-        if (optimizer.nonfinite, optimizer.backend) != self._how:
+        if (work.nonfinite, work.backend) != self._how:
             return False
         for group, params in zip(groups, self._grouped, strict=True):
             if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):

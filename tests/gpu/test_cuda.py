@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agc_triton import SGD_AGC, AdamW_AGC, adaptive_clip_grad_, dispatch
+from agc_triton import SGD_AGC, AdamW_AGC, adaptive_clip_grad_, routing
 from tests.support.cases import STATEFUL, build
 from tests.support.cuda_cases import (
     capturable,
@@ -230,14 +230,14 @@ def test_parameters_move_to_the_cpu_and_back() -> None:
         oracle.step(make_grads(seed))
         optimizer.step()
         oracle.check(params, states_of(optimizer, params))
-        assert (optimizer._plan is not None) == (device == "cuda")
+        assert (optimizer._paths.plan is not None) == (device == "cuda")
 
 
 @pytest.fixture
 def warned_afresh() -> Iterator[None]:
-    dispatch._warn_once.cache_clear()
+    routing._warn_once.cache_clear()
     yield
-    dispatch._warn_once.cache_clear()
+    routing._warn_once.cache_clear()
 
 
 def gaps() -> Tensor:

@@ -353,7 +353,7 @@ def test_unknown_backends(backend: Any) -> None:
 
 def test_backend_triton_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "triton cannot be imported (No module named 'triton')"
-    monkeypatch.setattr("agc_triton.dispatch.kernels_missing", lambda: reason)
+    monkeypatch.setattr("agc_triton.routing.kernels_missing", lambda: reason)
     params = make_params()
     set_grads(params, 0)
     for use in (*OURS, adaptive_clip_grad_):

@@ -126,7 +126,7 @@ def states_of(optimizer: Any, params: Sequence[Tensor]) -> list[dict[str, Tensor
 
 def plan_of(optimizer: Any) -> OptimizerPlan:
     """The plan that an optimizer has made."""
-    plan = optimizer._plan
+    plan = optimizer._paths.plan
     assert isinstance(plan, OptimizerPlan)
     return plan
 

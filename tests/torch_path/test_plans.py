@@ -35,7 +35,7 @@ def make_training(name: str = "AdamW", **options: Any) -> Training:
 
 
 def plans_of(optimizer: Any) -> dict[tuple[int, ...], BlockPlan]:
-    plans: dict[tuple[int, ...], BlockPlan] = optimizer._block_plans._plans
+    plans: dict[tuple[int, ...], BlockPlan] = optimizer._paths.blocks._plans
     return dict(plans)
 
 
@@ -243,7 +243,7 @@ def test_a_copy_and_a_pickle_have_plans_of_their_own() -> None:
     training.train()
     again = copy.deepcopy(training.optimizer)
     assert not plans_of(again)
-    assert again._block_plans is not training.optimizer._block_plans
+    assert again._paths.blocks is not training.optimizer._paths.blocks
 
 
 def test_gradients_of_other_strides_are_copied_one_at_a_time(

@@ -101,7 +101,7 @@ class Captured:
 def test_graphs_keep_their_own_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Captured(name)
     run.eager(0)
-    plan = run.optimizer._plan
+    plan = run.optimizer._paths.plan
     graphs = []
     for seed in (1, 2):
         grads = make_grads(seed)
@@ -113,7 +113,7 @@ def test_graphs_keep_their_own_gradients(name: str, monkeypatch: pytest.MonkeyPa
         run.replay(graph, grads)
     run.eager(3)
     run.replay(*graphs[1])
-    assert run.optimizer._plan is plan
+    assert run.optimizer._paths.plan is plan
 
 
 def test_two_graphs_of_the_same_gradients(
@@ -224,7 +224,7 @@ def test_what_checkpoints_replace_is_let_go_but_graphs_stay(
     set_grads(run.params, grads)
     with capture(monkeypatch):
         run.optimizer.step()
-    plan = run.optimizer._plan
+    plan = run.optimizer._paths.plan
     run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
     assert not plan.steps
     run.eager(2)
@@ -232,8 +232,8 @@ def test_what_checkpoints_replace_is_let_go_but_graphs_stay(
     run.optimizer.backend = "torch"
     set_grads(run.params, make_grads(3))
     run.optimizer.step()
-    assert run.optimizer._plan is None
-    assert len(run.optimizer._captured) == 1
+    assert run.optimizer._paths.plan is None
+    assert len(run.optimizer._paths.captured) == 1
 
 
 def test_a_state_of_another_kind_is_laid_out_anew() -> None:

@@ -189,11 +189,11 @@ def test_a_learning_rate_on_another_gpu_is_read_at_every_step() -> None:
 def test_any_set_of_gradients_takes_the_same_plan(name: str) -> None:
     training = Training(name, make_params(), **STATEFUL[name])
     training.train()
-    plan = training.optimizer._plan
+    plan = training.optimizer._paths.plan
     for without in ([0], [1, 2], [0, 2], [0, 1, 2], []):
         training.move_grads(without)
         training.step()
-        assert training.optimizer._plan is plan
+        assert training.optimizer._paths.plan is plan
 
 
 def test_states_that_were_loaded_need_no_gradient_to_be_planned() -> None:
@@ -223,10 +223,10 @@ def test_backend_changes() -> None:
     training.train()
     training.optimizer.backend = "torch"
     training.train()
-    assert training.optimizer._plan is None
+    assert training.optimizer._paths.plan is None
     training.optimizer.backend = "triton"
     training.train()
-    assert training.optimizer._plan is not None
+    assert training.optimizer._paths.plan is not None
 
 
 @BACKENDS
