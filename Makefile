@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: bench coverage demo mutations soak test
 .DEFAULT_GOAL := test
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[bench,test]'
 	touch $@
