@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: bench coverage demo mutations soak test
+.PHONY: bench coverage demo mutations picture soak test
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
@@ -39,3 +39,7 @@ coverage: $(INSTALLED)
 # Plants small faults in copies of the tree, one at a time; the tests must find each.
 mutations: $(INSTALLED)
 	$(PYTHON) -m tests.meta.mutations
+
+# Who imports whom, drawn from the code for docs/architecture.md; needs graphviz's dot.
+picture: $(INSTALLED)
+	$(PYTHON) docs/picture.py
