@@ -12,7 +12,7 @@ from torch import Tensor, UntypedStorage
 from agc_triton.blocks import blocks, largest_room
 from agc_triton.layouts import Layouts
 from agc_triton.rule import Clip, TensorLists, at
-from agc_triton.walks import Walk, find_walk
+from agc_triton.walks import Walk, find_walk, walk_order
 
 
 class Run:
@@ -84,6 +84,15 @@ class BlockPlan:
             len(lists.params) == self._length
             and _options(group, clip) == self._options
             and all(run.fits(lists) for run in self.runs)
+            and self._still_whole(lists, group, clip)
+        )
+
+    def _still_whole(self, lists: TensorLists, group: Mapping[str, Any], clip: Clip) -> bool:
+        # What had holes, say, may be dense now: it must not depend on the past how it is updated.
+        return (
+            not self.whole
+            or _all_whole(lists, group, clip)
+            or all(walk_order(lists.params[i], _states(lists, i)) is None for i in self.whole)
         )
 
 
@@ -123,19 +132,27 @@ def _options(group: Mapping[str, Any], clip: Clip) -> tuple[Any, ...]:
     return bool(group.get("foreach") or group.get("differentiable") or capturable), clip.unit_dim
 
 
+def _all_whole(lists: TensorLists, group: Mapping[str, Any], clip: Clip) -> bool:
+    all_whole: bool = _options(group, clip)[0]
+    # A parameter that is there twice is updated by each update in turn, as torch's for-loop does.
+    repeated = len(set(map(id, lists.params))) < len(lists.params)
+    all_whole |= repeated and not group.get("fused")
+    return all_whole
+
+
+def _states(lists: TensorLists, i: int) -> list[Tensor]:
+    return [role[i] for role in lists.states if role]
+
+
 def _partition(
     lists: TensorLists, group: Mapping[str, Any], clip: Clip
 ) -> tuple[dict[int, Walk], list[int]]:
     """Which parameters go in blocks, and which whole."""
     walks: dict[int, Walk] = {}
     whole: list[int] = []
-    all_whole, _ = _options(group, clip)
-    # A parameter that is there twice is updated by each update in turn, as torch's for-loop does.
-    repeated = len(set(map(id, lists.params))) < len(lists.params)
-    all_whole |= repeated and not group.get("fused")
-    roles = [role for role in lists.states if role]
+    all_whole = _all_whole(lists, group, clip)
     for i, param in enumerate(lists.params):
-        walk = None if all_whole else find_walk(param, [role[i] for role in roles], clip.unit_dim)
+        walk = None if all_whole else find_walk(param, _states(lists, i), clip.unit_dim)
         if walk is None:
             whole.append(i)
         else:

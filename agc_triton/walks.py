@@ -45,8 +45,8 @@ class Walk(NamedTuple):
         return tensor.reshape(self.layout if outer > 1 else (units, inner))
 
 
-def find_walk(param: Tensor, states: Sequence[Tensor], unit_dim: int | None) -> Walk | None:
-    """How a parameter and its states can be walked in step, or None where they cannot be.
+def walk_order(param: Tensor, states: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """The memory order in which a parameter and its states can be walked in step, or None.
 
     They must be plain dense CPU memory, not empty: no subclass, nothing complex, no lazy bits.
     """
@@ -61,6 +61,14 @@ def find_walk(param: Tensor, states: Sequence[Tensor], unit_dim: int | None) -> 
         alike = state.stride() == stride or memory_order(state) == order
         if not (alike and state.dtype == dtype and _is_plain(state)):
             return None
+    return order
+
+
+def find_walk(param: Tensor, states: Sequence[Tensor], unit_dim: int | None) -> Walk | None:
+    """How a parameter and its states can be walked in step, or None where they cannot be."""
+    order = walk_order(param, states)
+    if order is None:
+        return None
     permutation = None if param.is_contiguous() else order
     layout = unit_layout(param.shape, order, unit_dim)
     first = layout.outer == 1 and param.shape[:1] == (layout.units,)
