@@ -68,7 +68,7 @@ class BlockPlan:
         self._length = len(lists.params)
         walks, self.whole = _partition(lists, group, clip)
         self.counted = list(walks)
-        self._whole_layouts = Layouts(self._whole(lists))
+        self._whole_layouts, self._repeated = Layouts(self._whole(lists)), _repeated(lists)
         alike: defaultdict[torch.dtype, dict[int, Walk]] = defaultdict(dict)
         others: list[dict[int, Walk]] = []
         for i, walk in walks.items():
@@ -86,11 +86,16 @@ class BlockPlan:
             len(lists.params) == self._length
             and _options(group, clip) == self._options
             and all(run.fits(lists) for run in self.runs)
-            and (not self.whole or self._whole_layouts.fit(self._whole(lists)))
+            and (not self.whole or self._still_whole(lists))
         )
 
+    def _still_whole(self, lists: TensorLists) -> bool:
+        """Whether what was not in blocks would not be now; its states have passed the checks."""
+        same = self._whole_layouts.fit(self._whole(lists))
+        return same and _repeated(lists) == self._repeated
+
     def _whole(self, lists: TensorLists) -> list[Tensor]:
-        """Parameters and states of what is not in blocks: another shape asks for the checks."""
+        """Parameters and states of what is not in blocks."""
         roles = (lists.params, *lists.states)
         return [tensor for role in roles for tensor in at(self.whole, role)]
 
@@ -131,6 +136,11 @@ def _options(group: Mapping[str, Any], clip: Clip) -> tuple[Any, ...]:
     return bool(group.get("foreach") or group.get("differentiable") or capturable), clip.unit_dim
 
 
+def _repeated(lists: TensorLists) -> bool:
+    """Whether a parameter is there twice."""
+    return len(set(map(id, lists.params))) < len(lists.params)
+
+
 def _partition(
     lists: TensorLists, group: Mapping[str, Any], clip: Clip
 ) -> tuple[dict[int, Walk], list[int]]:
@@ -139,8 +149,7 @@ def _partition(
     whole: list[int] = []
     all_whole, _ = _options(group, clip)
     # A parameter that is there twice is updated by each update in turn, as torch's for-loop does.
-    repeated = len(set(map(id, lists.params))) < len(lists.params)
-    all_whole |= repeated and not group.get("fused")
+    all_whole |= _repeated(lists) and not group.get("fused")
     roles = [role for role in lists.states if role]
     for i, param in enumerate(lists.params):
         walk = None if all_whole else find_walk(param, [role[i] for role in roles], clip.unit_dim)

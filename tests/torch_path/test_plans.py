@@ -70,6 +70,40 @@ def test_made_anew_for_other_units() -> None:
     assert plans_of(training.optimizer) != plans
 
 
+@pytest.mark.parametrize("others", [(), ((3, 2),)], ids=["alone", "beside another"])
+def test_what_had_holes_goes_in_blocks_once_it_is_dense(
+    others: tuple[tuple[int, ...], ...],
+) -> None:
+    # Else it would be rounded otherwise than by an optimizer that meets it dense.
+    base, rest = randn((4, 6), torch.bfloat16), [randn(s, torch.bfloat16) for s in others]
+    params = [Parameter(p) for p in (base[:, ::2], *rest)]
+    optimizer = build("AdamW", params, ADAMW)
+    train(optimizer, params, range(2))
+    plans = plans_of(optimizer)
+    assert [plan.whole for plan in plans.values()] == [[0]]
+    train(optimizer, params, range(2, 4))
+    assert plans_of(optimizer) == plans
+    params[0].data = params[0].detach().contiguous()
+    copies = copy.deepcopy(params)
+    fresh = build("AdamW", copies, ADAMW)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its_params in ((optimizer, params), (fresh, copies)):
+        train(each, its_params, range(4, 8))
+        assert [plan.whole for plan in plans_of(each).values()] == [[]]
+    assert all(map(torch.equal, params, copies))
+
+
+def test_what_was_there_twice_goes_in_blocks_once_it_is_not() -> None:
+    one, other = make_params([(4, 3), (4, 3)])
+    optimizer = build("SGD", [one, other], {"lr": 0.1})
+    optimizer.param_groups[0]["params"] = [one, one]
+    train(optimizer, [one, other], range(2))
+    assert [plan.whole for plan in plans_of(optimizer).values()] == [[0, 1]]
+    optimizer.param_groups[0]["params"] = [one, other]
+    train(optimizer, [one, other], range(2))
+    assert [plan.whole for plan in plans_of(optimizer).values()] == [[]]
+
+
 @pytest.mark.parametrize("layout", ["alike", "transposed"])
 def test_no_gradient_is_kept(layout: str) -> None:
     params = [randn((4, 6)), randn((3, 2))]
