@@ -20,13 +20,12 @@ from agc_triton.kernels.norms import clip_factor, sum_pairs
 from agc_triton.kernels.rules import RULE_CONSTANTS
 
 
-@triton.jit
-def _update_tile(
-    tile_ptr,
-    tensor,
-    constants_ptr,
+@triton.jit(do_not_specialize=["n_tensors"])
+def step(
+    tiles_ptr,
     tensors_ptr,
     addresses_ptr,
+    constants_ptr,
     partials_ptr,
     skipped_ptr,
     n_tensors,
@@ -46,6 +45,17 @@ def _update_tile(
     PREFETCH: tl.constexpr,
     SKIP: tl.constexpr,
 ):
+    """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
+
+    p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
+    result (0 for p, 1 for g). ``SKIP`` leaves units alone whose gradient's norm is not finite and
+    adds their number to the program's own count.
+    """
+    tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
+    tensor = tl.load(tile_ptr)
+    constants_ptr += tensor * CONSTANTS
+    if tl.load(constants_ptr + ACTIVE) == 0.0:
+        return
     offset = tl.load(tile_ptr + 1)
     fields = tensors_ptr + tensor * TENSOR_FIELDS
     length, inner, stride = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
@@ -143,65 +153,3 @@ def _update_tile(
             count = tl.where(start == 0, count, 0)
         count_ptr = skipped_ptr + tl.program_id(0)
         tl.store(count_ptr, tl.load(count_ptr) + count)
-
-
-@triton.jit(do_not_specialize=["n_tensors"])
-def step(
-    tiles_ptr,
-    tensors_ptr,
-    addresses_ptr,
-    constants_ptr,
-    partials_ptr,
-    skipped_ptr,
-    n_tensors,
-    RULE: tl.constexpr,
-    FLAGS: tl.constexpr,
-    STATES: tl.constexpr,
-    TARGET: tl.constexpr,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    STRIDED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PARTS: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SKIP: tl.constexpr,
-):
-    """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
-
-    p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
-    result (0 for p, 1 for g). ``SKIP`` leaves units alone whose gradient's norm is not finite and
-    adds their number to the program's own count.
-    """
-    tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
-    tensor = tl.load(tile_ptr)
-    constants_ptr += tensor * CONSTANTS
-    if tl.load(constants_ptr + ACTIVE) != 0.0:
-        _update_tile(
-            tile_ptr,
-            tensor,
-            constants_ptr,
-            tensors_ptr,
-            addresses_ptr,
-            partials_ptr,
-            skipped_ptr,
-            n_tensors,
-            RULE,
-            FLAGS,
-            STATES,
-            TARGET,
-            DTYPE,
-            COMPUTE,
-            ROWS,
-            COLUMNS,
-            CHUNKS,
-            VECTOR,
-            STRIDED,
-            SPLIT,
-            PARTS,
-            PREFETCH,
-            SKIP,
-        )
