@@ -9,8 +9,11 @@ from agc_triton.kernels.layout import (
     CLIPPING,
     CONSTANTS,
     DIRECTION,
+    FIRST_STATE,
+    GRAD,
     INVERSE_SCALE,
     OF_RULE,
+    PARAM,
     TENSOR_FIELDS,
     TILE_FIELDS,
     element,
@@ -48,7 +51,7 @@ def step(
     """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
 
     p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
-    result (0 for p, 1 for g). ``SKIP`` leaves units alone whose gradient's norm is not finite and
+    result. ``SKIP`` leaves units alone whose gradient's norm is not finite and
     adds their number to the program's own count.
     """
     tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
@@ -75,12 +78,12 @@ def step(
     else:
         rows = rows * limit
 
-    p_ptr = row(addresses_ptr, 0, n_tensors, tensor, offset, DTYPE, VECTOR)
-    g_ptr = row(addresses_ptr, 1, n_tensors, tensor, offset, DTYPE, VECTOR)
+    p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, DTYPE, VECTOR)
+    g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, DTYPE, VECTOR)
     state_ptrs = ()
     for s in tl.static_range(STATES):
         state_ptrs = state_ptrs + (
-            row(addresses_ptr, 3 + s, n_tensors, tensor, offset, DTYPE, VECTOR),
+            row(addresses_ptr, FIRST_STATE + s, n_tensors, tensor, offset, DTYPE, VECTOR),
         )
 
     inverse = tl.load(constants_ptr + INVERSE_SCALE).to(COMPUTE)
@@ -141,7 +144,7 @@ def step(
         if SKIP:
             mask = mask & finite[:, None]
         result, states = RULE(ps[k].to(COMPUTE), gs[k].to(COMPUTE) * factor, states, h, FLAGS)
-        if TARGET == 0:
+        if TARGET == PARAM:
             tl.store(p_ptr + ats[k], result.to(DTYPE), mask=mask)
         else:
             tl.store(g_ptr + ats[k], result.to(DTYPE), mask=mask)
