@@ -9,15 +9,18 @@ from agc_triton.kernels.layout import (
     CLIPPING,
     CONSTANTS,
     DIRECTION,
+    GRAD,
     INVERSE_SCALE,
     OF_RULE,
+    PARAM,
+    STEP,
     TENSOR_FIELDS,
     TILE_FIELDS,
     element,
     row,
 )
 from agc_triton.kernels.norms import sum_pairs
-from agc_triton.kernels.rules import GROUP_FIXED, RULE_CONSTANTS, RULE_RAW
+from agc_triton.kernels.rules import FIXED_VALUES, RULE_CONSTANTS, RULE_VALUES
 
 
 @triton.jit
@@ -39,22 +42,22 @@ def _prepare(
     """One row of constants per tensor; a tensor without gradient, or after an overflow, is idle."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n_tensors
-    active = mask & (tl.load(addresses_ptr + n_tensors + i, mask=mask, other=0) != 0)
+    active = mask & (tl.load(addresses_ptr + GRAD * n_tensors + i, mask=mask, other=0) != 0)
     if HAS_FOUND_INF:
         active = active & (tl.load(found_inf_ptr + tl.zeros((BLOCK,), tl.int32)) == 0.0)
-    count_address = tl.load(addresses_ptr + 2 * n_tensors + i, mask=mask, other=0)
+    count_address = tl.load(addresses_ptr + STEP * n_tensors + i, mask=mask, other=0)
     count_ptr = count_address.to(tl.pointer_type(tl.float32))
     step = tl.load(count_ptr, mask=mask, other=0.0) + 1.0
     tl.store(count_ptr, step, mask=active)
     group = tl.load(tensors_ptr + i * TENSOR_FIELDS + 3, mask=mask, other=0)
-    raw_ptr = groups_ptr + group * (GROUP_FIXED + RULE_RAW)
+    raw_ptr = groups_ptr + group * (FIXED_VALUES + RULE_VALUES)
     raw = ()
-    for k in tl.static_range(RULE_RAW):
-        raw = raw + (tl.load(raw_ptr + GROUP_FIXED + k, mask=mask, other=0.5),)
+    for k in tl.static_range(RULE_VALUES):
+        raw = raw + (tl.load(raw_ptr + FIXED_VALUES + k, mask=mask, other=0.5),)
     if HAS_POINTERS:
         given = ()
-        for k in tl.static_range(RULE_RAW):
-            address = tl.load(pointers_ptr + group * RULE_RAW + k, mask=mask, other=0)
+        for k in tl.static_range(RULE_VALUES):
+            address = tl.load(pointers_ptr + group * RULE_VALUES + k, mask=mask, other=0)
             value_ptr = address.to(tl.pointer_type(tl.float32))
             value = tl.load(value_ptr, mask=address != 0, other=0.0).to(tl.float64)
             given = given + (tl.where(address != 0, value, raw[k]),)
@@ -101,9 +104,9 @@ def _sum_part(
     inverse = 1.0
     if HAS_GRAD_SCALE:
         inverse = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
-    p_ptr = row(addresses_ptr, 0, n_tensors, tensor, offset, DTYPE, VECTOR)
-    g_address = tl.load(addresses_ptr + n_tensors + tensor)
-    g_ptr = row(addresses_ptr, 1, n_tensors, tensor, offset, DTYPE, VECTOR)
+    p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, DTYPE, VECTOR)
+    g_address = tl.load(addresses_ptr + GRAD * n_tensors + tensor)
+    g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, DTYPE, VECTOR)
     p_squares = tl.zeros((1, COLUMNS), COMPUTE)
     g_squares = tl.zeros((1, COLUMNS), COMPUTE)
     while (start < end) & (g_address != 0):

@@ -3,20 +3,22 @@
 import triton
 import triton.language as tl
 
-# Addresses by role: parameters, gradients, step counts (fp32), states.
-# A tile: tensor, offset of its first unit, units (first column in a split unit), first slot.
-TILE_FIELDS = tl.constexpr(4)
-# A tensor: length of a unit, inner, stride between inner runs, group, span of a part.
-TENSOR_FIELDS = tl.constexpr(5)
-# Constants per tensor: room for 16, what they are, and where the rule's own begin. DIRECTION is
-# 1 / grad_scale, negative to maximize.
-CONSTANTS = tl.constexpr(16)
-ACTIVE = tl.constexpr(0)
-CLIPPING = tl.constexpr(1)
-AGC_EPS = tl.constexpr(2)
-INVERSE_SCALE = tl.constexpr(3)
-DIRECTION = tl.constexpr(4)
-OF_RULE = tl.constexpr(5)
+from agc_triton.kernels import abi
+
+# Kernels read numbers of other modules only as constexpr.
+PARAM = tl.constexpr(abi.PARAM)
+GRAD = tl.constexpr(abi.GRAD)
+STEP = tl.constexpr(abi.STEP)
+FIRST_STATE = tl.constexpr(abi.FIRST_STATE)
+TILE_FIELDS = tl.constexpr(abi.TILE_FIELDS)
+TENSOR_FIELDS = tl.constexpr(abi.TENSOR_FIELDS)
+CONSTANTS = tl.constexpr(abi.CONSTANTS)
+ACTIVE = tl.constexpr(abi.ACTIVE)
+CLIPPING = tl.constexpr(abi.CLIPPING)
+AGC_EPS = tl.constexpr(abi.AGC_EPS)
+INVERSE_SCALE = tl.constexpr(abi.INVERSE_SCALE)
+DIRECTION = tl.constexpr(abi.DIRECTION)
+OF_RULE = tl.constexpr(abi.OF_RULE)
 
 
 @triton.jit

@@ -8,11 +8,11 @@ as ``h``. ``g`` is clipped, unscaled and negated for maximize. The rules follow 
 import triton
 import triton.language as tl
 
-# Values per group in front of a rule's own: clipping, agc_eps, sign (-1 to maximize).
-GROUP_FIXED = tl.constexpr(3)
-# A rule's own raw values per group, and constants per tensor, at most.
-RULE_RAW = tl.constexpr(8)
-RULE_CONSTANTS = tl.constexpr(8)
+from agc_triton.kernels import abi
+
+FIXED_VALUES = tl.constexpr(abi.FIXED_VALUES)
+RULE_VALUES = tl.constexpr(abi.RULE_VALUES)
+RULE_CONSTANTS = tl.constexpr(abi.RULE_CONSTANTS)
 
 SGD_MOMENTUM = tl.constexpr(1)
 SGD_NESTEROV = tl.constexpr(2)

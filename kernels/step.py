@@ -9,8 +9,11 @@ from agc_triton.kernels.layout import (
     CLIPPING,
     CONSTANTS,
     DIRECTION,
+    FIRST_STATE,
+    GRAD,
     INVERSE_SCALE,
     OF_RULE,
+    PARAM,
     TENSOR_FIELDS,
     TILE_FIELDS,
     element,
@@ -20,13 +23,12 @@ from agc_triton.kernels.norms import clip_factor, sum_pairs
 from agc_triton.kernels.rules import RULE_CONSTANTS
 
 
-@triton.jit
-def _update_tile(
-    tile_ptr,
-    tensor,
-    constants_ptr,
+@triton.jit(do_not_specialize=["n_tensors"])
+def step(
+    tiles_ptr,
     tensors_ptr,
     addresses_ptr,
+    constants_ptr,
     partials_ptr,
     skipped_ptr,
     n_tensors,
@@ -46,6 +48,17 @@ def _update_tile(
     PREFETCH: tl.constexpr,
     SKIP: tl.constexpr,
 ):
+    """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
+
+    p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
+    result. ``SKIP`` leaves units alone whose gradient's norm is not finite and
+    adds their number to the program's own count.
+    """
+    tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
+    tensor = tl.load(tile_ptr)
+    constants_ptr += tensor * CONSTANTS
+    if tl.load(constants_ptr + ACTIVE) == 0.0:
+        return
     offset = tl.load(tile_ptr + 1)
     fields = tensors_ptr + tensor * TENSOR_FIELDS
     length, inner, stride = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
@@ -65,12 +78,12 @@ def _update_tile(
     else:
         rows = rows * limit
 
-    p_ptr = row(addresses_ptr, 0, n_tensors, tensor, offset, DTYPE, VECTOR)
-    g_ptr = row(addresses_ptr, 1, n_tensors, tensor, offset, DTYPE, VECTOR)
+    p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, DTYPE, VECTOR)
+    g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, DTYPE, VECTOR)
     state_ptrs = ()
     for s in tl.static_range(STATES):
         state_ptrs = state_ptrs + (
-            row(addresses_ptr, 3 + s, n_tensors, tensor, offset, DTYPE, VECTOR),
+            row(addresses_ptr, FIRST_STATE + s, n_tensors, tensor, offset, DTYPE, VECTOR),
         )
 
     inverse = tl.load(constants_ptr + INVERSE_SCALE).to(COMPUTE)
@@ -131,7 +144,7 @@ def _update_tile(
         if SKIP:
             mask = mask & finite[:, None]
         result, states = RULE(ps[k].to(COMPUTE), gs[k].to(COMPUTE) * factor, states, h, FLAGS)
-        if TARGET == 0:
+        if TARGET == PARAM:
             tl.store(p_ptr + ats[k], result.to(DTYPE), mask=mask)
         else:
             tl.store(g_ptr + ats[k], result.to(DTYPE), mask=mask)
@@ -143,65 +156,3 @@ def _update_tile(
             count = tl.where(start == 0, count, 0)
         count_ptr = skipped_ptr + tl.program_id(0)
         tl.store(count_ptr, tl.load(count_ptr) + count)
-
-
-@triton.jit(do_not_specialize=["n_tensors"])
-def step(
-    tiles_ptr,
-    tensors_ptr,
-    addresses_ptr,
-    constants_ptr,
-    partials_ptr,
-    skipped_ptr,
-    n_tensors,
-    RULE: tl.constexpr,
-    FLAGS: tl.constexpr,
-    STATES: tl.constexpr,
-    TARGET: tl.constexpr,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    STRIDED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PARTS: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SKIP: tl.constexpr,
-):
-    """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
-
-    p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
-    result (0 for p, 1 for g). ``SKIP`` leaves units alone whose gradient's norm is not finite and
-    adds their number to the program's own count.
-    """
-    tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
-    tensor = tl.load(tile_ptr)
-    constants_ptr += tensor * CONSTANTS
-    if tl.load(constants_ptr + ACTIVE) != 0.0:
-        _update_tile(
-            tile_ptr,
-            tensor,
-            constants_ptr,
-            tensors_ptr,
-            addresses_ptr,
-            partials_ptr,
-            skipped_ptr,
-            n_tensors,
-            RULE,
-            FLAGS,
-            STATES,
-            TARGET,
-            DTYPE,
-            COMPUTE,
-            ROWS,
-            COLUMNS,
-            CHUNKS,
-            VECTOR,
-            STRIDED,
-            SPLIT,
-            PARTS,
-            PREFETCH,
-            SKIP,
-        )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from agc_triton.kernels import abi
 from agc_triton.units import UnitLayout
 
 Table = npt.NDArray[np.int64]
@@ -76,7 +77,7 @@ class TileShape:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One launch: a tile shape and its table of tiles (see kernels/layout.py for the fields)."""
+    """One launch: a tile shape and its table of tiles (see kernels/abi.py for the fields)."""
 
     shape: TileShape
     tensors: tuple[int, ...]
@@ -127,7 +128,9 @@ def plan_buckets(tensors: Sequence[TensorUnits], itemsize: int, states: int) -> 
         chosen.setdefault(ideal_shape(tensor, itemsize, states), []).append(i)
     chosen = _merge(chosen, tensors)
     split_span = _split_shape(itemsize, True, False).capacity
-    fields = np.array([_fields(t, split_span) for t in tensors], np.int64).reshape(-1, 5)
+    fields = np.array([_fields(t, split_span) for t in tensors], np.int64).reshape(
+        -1, abi.TENSOR_FIELDS
+    )
     buckets = []
     parts: list[Table] = []
     slots = 0
@@ -148,7 +151,7 @@ def plan_buckets(tensors: Sequence[TensorUnits], itemsize: int, states: int) -> 
     return BucketPlan(tuple(buckets), fields, np.concatenate([*parts, _NO_TILES]), slots)
 
 
-_NO_TILES = np.empty((0, 4), np.int64)
+_NO_TILES = np.empty((0, abi.TILE_FIELDS), np.int64)
 
 
 def ideal_shape(tensor: TensorUnits, itemsize: int, states: int) -> TileShape:
@@ -236,7 +239,7 @@ def _fields(tensor: TensorUnits, split_capacity: int) -> tuple[int, int, int, in
 def _whole_tiles(i: int, layout: UnitLayout, rows: int) -> Table:
     """Tiles of ``rows`` units: tensor, offset of the first, how many, unused."""
     first = np.arange(0, layout.units, rows, dtype=np.int64)
-    tiles = np.zeros((len(first), 4), np.int64)
+    tiles = np.zeros((len(first), abi.TILE_FIELDS), np.int64)
     tiles[:, 0] = i
     tiles[:, 1] = first * layout.inner
     tiles[:, 2] = np.minimum(rows, layout.units - first)
@@ -253,7 +256,7 @@ def _split_tiles(
     starts = np.arange(0, layout.length, width, dtype=np.int64)
     slots_per_unit = -(-layout.length // span)
     unit = np.repeat(np.arange(layout.units, dtype=np.int64), len(starts))
-    tiles = np.empty((len(unit), 4), np.int64)
+    tiles = np.empty((len(unit), abi.TILE_FIELDS), np.int64)
     tiles[:, 0] = i
     tiles[:, 1] = unit * layout.inner
     tiles[:, 2] = np.tile(starts, layout.units)

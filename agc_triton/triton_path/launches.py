@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agc_triton.kernels import rules
+from agc_triton.kernels import abi, rules
 from agc_triton.kernels.begin import begin
-from agc_triton.kernels.layout import CONSTANTS
 from agc_triton.kernels.step import step
 from agc_triton.triton_path.buckets import MAX_PARTS
 
@@ -62,7 +61,7 @@ def step_constants(
         "RULE": getattr(rules, rule),
         "FLAGS": flags,
         "STATES": states,
-        "TARGET": int(rule == "clip"),
+        "TARGET": abi.GRAD if rule == "clip" else abi.PARAM,
         "DTYPE": DTYPES[dtype],
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "ROWS": shape.rows,
@@ -178,11 +177,11 @@ class StepLauncher:
         n, device = len(plan.fields), tables.device
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         self.fields = torch.from_numpy(plan.fields).to(device)
-        self.constants = torch.empty(n * CONSTANTS.value, dtype=torch.float64, device=device)
+        self.constants = torch.empty(n * abi.CONSTANTS, dtype=torch.float64, device=device)
         self.partials = torch.empty(2 * max(plan.slots, 1), dtype=compute, device=device)
         self.parts = torch.from_numpy(plan.parts).to(device)
         self.begins: dict[tuple[bool, bool, bool], Launch] = {}
-        states = tables.roles - 3
+        states = tables.roles - abi.FIRST_STATE
         counts = tables.addresses  # an int64 pointer that is not read
         if skipped is not None:
             # Launches follow each other, so that programs of several can add to the same count.

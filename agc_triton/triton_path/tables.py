@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agc_triton.kernels import abi
 from agc_triton.rule import KernelRule, number
 from agc_triton.snapshot import Layouts
 from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
@@ -26,10 +27,6 @@ from agc_triton.validation import check_options
 
 # What 128-bit accesses need of every address.
 ALIGNMENT = 16
-
-# Values per group in the tables: clipping, agc_eps, sign and a rule's own (kernels/rules.py).
-FIXED_VALUES = 3
-RULE_VALUES = 8
 
 # A change of one of these asks for another plan, not for another value in the tables.
 STRUCTURAL = ("unit_dim", "foreach", "fused", "differentiable", "capturable")
@@ -58,8 +55,8 @@ class Tables:
         self.roles, self.device = roles, device
         self._sizes = roles, tensors, groups
         addresses = roles * tensors
-        values = addresses + groups * (FIXED_VALUES + RULE_VALUES)
-        size = values + groups * RULE_VALUES
+        values = addresses + groups * (abi.FIXED_VALUES + abi.RULE_VALUES)
+        size = values + groups * abi.RULE_VALUES
         self._host = np.zeros(size, np.int64)
         self.host_addresses = self._host[:addresses].reshape(roles, -1)
         self.host_values = self._host[addresses:values].view(np.float64).reshape(groups, -1)
@@ -160,10 +157,11 @@ class FusedStep:
             for m, aligned in zip(members, self._aligned.tolist(), strict=True)
         ]
         self.plan = plan_buckets(units, real.itemsize, n_states)
-        self.tables = Tables(3 + n_states, len(params), len(groups), self.device)
-        for role, of_role in zip((0, *range(3, 3 + n_states)), addresses, strict=True):
+        self.tables = Tables(abi.FIRST_STATE + n_states, len(params), len(groups), self.device)
+        with_addresses = (abi.PARAM, *range(abi.FIRST_STATE, self.tables.roles))
+        for role, of_role in zip(with_addresses, addresses, strict=True):
             self.tables.host_addresses[role] = of_role
-        self.tables.host_addresses[2] = list(map(Tensor.data_ptr, counts))
+        self.tables.host_addresses[abi.STEP] = list(map(Tensor.data_ptr, counts))
         self.launcher = launcher(self.plan, self.tables, rule.name, self.flags, real)
         self._grad_addresses: list[int] = []
         self._groups: dict[int, dict[str, Any]] = {m.group: {} for m in members}
@@ -222,7 +220,7 @@ class FusedStep:
         table = np.array(addresses, np.int64)
         if (table[self._aligned] % ALIGNMENT).any():
             return False
-        self.tables.host_addresses[1] = table
+        self.tables.host_addresses[abi.GRAD] = table
         self._grad_addresses = addresses
         self._changed = True
         return True
