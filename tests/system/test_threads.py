@@ -98,7 +98,7 @@ class Recorded:
         (part,) = plan.steps
         tables, launcher = part.step.tables, part.step.launcher
         mine = [*vars(tables).values(), *vars(launcher).values(), tables.pointers]
-        mine += self.optimizer._skipped._slots.get(torch.device(DEVICE), [])
+        mine += self.optimizer._paths.skipped._slots.get(torch.device(DEVICE), [])
         storages = {x.untyped_storage().data_ptr() for x in mine if isinstance(x, Tensor)}
         assert all(x.untyped_storage().data_ptr() in storages for x in launch.args[1:6])
         addresses = [a and names[a] for a in tables.addresses.tolist()]
