@@ -174,9 +174,15 @@ class AGCOptimizer(Optimizer):
 
     def _work(self) -> Work:
         """What a step is made on."""
-        name, (groups, state) = type(self).__name__, (self.param_groups, self.state)
-        how = self._batches, self.backend, self.nonfinite
-        return Work(name, self.rule, groups, state, *how)
+        return Work(
+            name=type(self).__name__,
+            rule=self.rule,
+            groups=self.param_groups,
+            state=self.state,
+            collect=self._batches,
+            backend=self.backend,
+            nonfinite=self.nonfinite,
+        )
 
     def _batches(self, group: dict[str, Any]) -> Batches:
         """What has a gradient, with its state (created by torch's `_init_group`) and options."""
