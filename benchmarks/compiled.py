@@ -45,8 +45,8 @@ def compile_step(
 
 
 def compile_begin(plan: BucketPlan, rule: str, dtype: torch.dtype, arch: str) -> Any:
-    """`begin` with everything switched on."""
-    constants = launches.begin_constants(plan, rule, dtype, True, True, True)
+    """`begin`, which every step of this plan opens with."""
+    constants = launches.begin_constants(plan, rule, dtype)
     return _compile_begin(tuple(constants.items()), dtype, arch)
 
 

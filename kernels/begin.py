@@ -35,16 +35,12 @@ def _prepare(
     n_tensors,
     PREPARE: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_POINTERS: tl.constexpr,
-    HAS_GRAD_SCALE: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr,
 ):
     """One row of constants per tensor; a tensor without gradient, or after an overflow, is idle."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n_tensors
     active = mask & (tl.load(addresses_ptr + GRAD * n_tensors + i, mask=mask, other=0) != 0)
-    if HAS_FOUND_INF:
-        active = active & (tl.load(found_inf_ptr + tl.zeros((BLOCK,), tl.int32)) == 0.0)
+    active = active & (tl.load(found_inf_ptr + tl.zeros((BLOCK,), tl.int32)) == 0.0)
     count_address = tl.load(addresses_ptr + STEP * n_tensors + i, mask=mask, other=0)
     count_ptr = count_address.to(tl.pointer_type(tl.float32))
     step = tl.load(count_ptr, mask=mask, other=0.0) + 1.0
@@ -53,18 +49,13 @@ def _prepare(
     raw_ptr = groups_ptr + group * (FIXED_VALUES + RULE_VALUES)
     raw = ()
     for k in tl.static_range(RULE_VALUES):
-        raw = raw + (tl.load(raw_ptr + FIXED_VALUES + k, mask=mask, other=0.5),)
-    if HAS_POINTERS:
-        given = ()
-        for k in tl.static_range(RULE_VALUES):
-            address = tl.load(pointers_ptr + group * RULE_VALUES + k, mask=mask, other=0)
-            value_ptr = address.to(tl.pointer_type(tl.float32))
-            value = tl.load(value_ptr, mask=address != 0, other=0.0).to(tl.float64)
-            given = given + (tl.where(address != 0, value, raw[k]),)
-        raw = given
-    inverse = tl.full((BLOCK,), 1.0, tl.float64)
-    if HAS_GRAD_SCALE:
-        inverse = inverse / tl.load(grad_scale_ptr).to(tl.float64)
+        value = tl.load(raw_ptr + FIXED_VALUES + k, mask=mask, other=0.5)
+        # Where a hyperparameter is a tensor on the device, and 0 elsewhere.
+        address = tl.load(pointers_ptr + group * RULE_VALUES + k, mask=mask, other=0)
+        given_ptr = address.to(tl.pointer_type(tl.float32))
+        given = tl.load(given_ptr, mask=address != 0, other=0.0).to(tl.float64)
+        raw = raw + (tl.where(address != 0, given, value),)
+    inverse = tl.full((BLOCK,), 1.0, tl.float64) / tl.load(grad_scale_ptr).to(tl.float64)
     out = constants_ptr + i * CONSTANTS
     tl.store(out + ACTIVE, tl.where(active, 1.0, 0.0).to(tl.float64), mask=mask)
     tl.store(out + CLIPPING, tl.load(raw_ptr, mask=mask, other=0.0), mask=mask)
@@ -93,7 +84,6 @@ def _sum_part(
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
     STRIDED: tl.constexpr,
-    HAS_GRAD_SCALE: tl.constexpr,
 ):
     """Sums of squares of p and g over one span of a long unit, into its two slots."""
     tensor, offset = tl.load(tile_ptr), tl.load(tile_ptr + 1)
@@ -101,9 +91,7 @@ def _sum_part(
     fields = tensors_ptr + tensor * TENSOR_FIELDS
     length, inner, stride = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
     end = tl.minimum(start + tl.load(fields + 4), length)
-    inverse = 1.0
-    if HAS_GRAD_SCALE:
-        inverse = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
+    inverse = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
     p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, DTYPE, VECTOR)
     g_address = tl.load(addresses_ptr + GRAD * n_tensors + tensor)
     g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, DTYPE, VECTOR)
@@ -146,9 +134,6 @@ def begin(
     VECTOR: tl.constexpr,
     STRIDED: tl.constexpr,
     HAS_SPLIT: tl.constexpr,
-    HAS_POINTERS: tl.constexpr,
-    HAS_GRAD_SCALE: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr,
 ):
     """The first ``n_prepare`` programs prepare ``BLOCK`` tensors each, the others sum one span."""
     if tl.program_id(0) < n_prepare:
@@ -163,9 +148,6 @@ def begin(
             n_tensors,
             PREPARE,
             BLOCK,
-            HAS_POINTERS,
-            HAS_GRAD_SCALE,
-            HAS_FOUND_INF,
         )
     elif HAS_SPLIT:
         _sum_part(
@@ -180,5 +162,4 @@ def begin(
             COLUMNS,
             VECTOR,
             STRIDED,
-            HAS_GRAD_SCALE,
         )

@@ -76,9 +76,7 @@ def step_constants(
     }
 
 
-def begin_constants(
-    plan: BucketPlan, rule: str, dtype: torch.dtype, pointers: bool, scale: bool, found_inf: bool
-) -> dict[str, Any]:
+def begin_constants(plan: BucketPlan, rule: str, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time arguments of `begin`, in the order of its signature."""
     return {
         "PREPARE": getattr(rules, f"{rule}_prepare"),
@@ -89,9 +87,6 @@ def begin_constants(
         "VECTOR": plan.parts_vector,
         "STRIDED": plan.parts_strided,
         "HAS_SPLIT": len(plan.parts) > 0,
-        "HAS_POINTERS": pointers,
-        "HAS_GRAD_SCALE": scale,
-        "HAS_FOUND_INF": found_inf,
     }
 
 
@@ -180,7 +175,10 @@ class StepLauncher:
         self.constants = torch.empty(n * abi.CONSTANTS, dtype=torch.float64, device=device)
         self.partials = torch.empty(2 * max(plan.slots, 1), dtype=compute, device=device)
         self.parts = torch.from_numpy(plan.parts).to(device)
-        self.begins: dict[tuple[bool, bool, bool], Launch] = {}
+        # Stand for a grad_scale or found_inf that is not given: one `begin` serves all steps.
+        self.no_scale = torch.ones((), dtype=torch.float32, device=device)
+        self.no_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self.begin = self._begin()
         states = tables.roles - abi.FIRST_STATE
         counts = tables.addresses  # an int64 pointer that is not read
         if skipped is not None:
@@ -210,10 +208,9 @@ class StepLauncher:
         twin = copy.copy(self)
         twin.tables = tables
         addresses, groups, pointers = tables.addresses, tables.values, tables.pointers
-        twin.begins = {
-            key: launch.replaced(addresses_ptr=addresses, groups_ptr=groups, pointers_ptr=pointers)
-            for key, launch in self.begins.items()
-        }
+        twin.begin = self.begin.replaced(
+            addresses_ptr=addresses, groups_ptr=groups, pointers_ptr=pointers
+        )
         twin.steps = [launch.replaced(addresses_ptr=addresses) for launch in self.steps]
         return twin
 
@@ -223,27 +220,22 @@ class StepLauncher:
         Raises:
             RuntimeError: a kernel that would have to be loaded while a CUDA graph is captured.
         """
-        key = (self.tables.has_pointers, grad_scale is not None, found_inf is not None)
-        first = self.begins.get(key)
-        if first is None:
-            first = self.begins[key] = self._begin(*key)
-        if grad_scale is not None:
-            first.replace("grad_scale_ptr", grad_scale)
-        if found_inf is not None:
-            first.replace("found_inf_ptr", found_inf)
-        if capturing and not all(launch.loaded for launch in (first, *self.steps)):
+        scale = self.no_scale if grad_scale is None else grad_scale
+        inf = self.no_inf if found_inf is None else found_inf
+        self.begin.replace("grad_scale_ptr", scale)
+        self.begin.replace("found_inf_ptr", inf)
+        launches = (self.begin, *self.steps)
+        if capturing and not all(launch.loaded for launch in launches):
             raise RuntimeError(
                 "a CUDA graph cannot capture a step whose kernels are not loaded; make a step like"
-                " it first, with the same tensors for hyperparameters, grad_scale and found_inf"
+                " it first"
             )
-        first.fire()
-        for launch in self.steps:
+        for launch in launches:
             launch.fire()
 
-    def _begin(self, pointers: bool, scale: bool, found_inf: bool) -> Launch:
+    def _begin(self) -> Launch:
         n = len(self.plan.fields)
         prepare = -(-n // PREPARE_BLOCK)
-        unused = self.constants  # a pointer that is not read
         args = (
             self.fields,
             self.tables.addresses,
@@ -252,10 +244,10 @@ class StepLauncher:
             self.constants,
             self.parts,
             self.partials,
-            unused,
-            unused,
+            self.no_scale,
+            self.no_inf,
             n,
             prepare,
         )
-        constants = begin_constants(self.plan, self.rule, self.dtype, pointers, scale, found_inf)
+        constants = begin_constants(self.plan, self.rule, self.dtype)
         return Launch(begin, prepare + len(self.parts), args, constants, BEGIN_WARPS)

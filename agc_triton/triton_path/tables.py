@@ -65,8 +65,6 @@ class Tables:
         self.addresses = self._on_device[:addresses]
         self.values = self._on_device[addresses:values].view(torch.float64)
         self.pointers = self._on_device[values:]
-        # Whether any hyperparameter is read from a tensor on the device.
-        self.has_pointers = False
         # Memory for captured graphs to copy from, which twins share.
         self._for_captures: list[Tensor] = []
 
@@ -109,7 +107,6 @@ class Tables:
             self._for_captures = self._for_captures or list(self._staging(CAPTURES))
             staging = self._staging(1)[0]
         staging.numpy()[:] = self._host
-        self.has_pointers = bool(self.host_pointers.any())
         self._on_device.copy_(staging, non_blocking=True)
 
 

@@ -116,6 +116,20 @@ def test_nothing_moves_where_inf_was_found(name: str, before: int) -> None:
     oracle.check(params, states_of(optimizer, params))
 
 
+def test_steps_after_scaled_ones_are_neither_scaled_nor_skipped() -> None:
+    params = make_params(LONG)
+    options = {**STATEFUL["SGD"], **TRITON}
+    optimizer = build("SGD", params, options)
+    oracle = KernelOracle("SGD", params, **options)
+    step_scaled(optimizer, params, make_grads(5, LONG), torch.tensor(SCALE, device=DEVICE), 1.0)
+    grads = make_grads(0, LONG)
+    oracle.step(grads)
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    optimizer.step()
+    oracle.check(params, states_of(optimizer, params))
+
+
 def test_a_skipped_first_step_keeps_momentum_undamped() -> None:
     options: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "dampening": 0.4, **TRITON}
     params = make_params()

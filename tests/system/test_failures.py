@@ -54,6 +54,7 @@ def test_a_kernel_that_does_not_compile_is_named(
 
     class Broken:
         __name__ = kernel
+        arg_names = getattr(agc_triton.triton_path.launches, kernel).arg_names
 
         def __getitem__(self, grid: Any) -> Any:
             raise OSError("ptxas: no such file")
