@@ -12,7 +12,7 @@ from torch import Tensor
 from agc_triton.dispatch import Clipper
 from agc_triton.norms import Clip, clip_factors, unit_norms
 from agc_triton.routing import check_backend
-from agc_triton.units import norm_dims, resolve_unit_dim
+from agc_triton.units import norm_dims, unit_dims
 from agc_triton.validation import (
     check_grad,
     check_in_place,
@@ -64,7 +64,7 @@ def adaptive_clip_grad_(
     """
     check_backend(backend)
     options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
-    check_options(options, "")
+    check_options(options)
     params = _as_list(parameters)
     if clipping:
         clip_groups_([{"params": params, **options}], backend, _clipper(params))
@@ -110,10 +110,18 @@ def clip_groups_(groups: Sequence[Mapping[str, Any]], backend: str, clipper: Cli
         for i, param in enumerate(group["params"]):
             if group["clipping"] and param.grad is not None:
                 _check(param, param.grad, group, index, i)
-    for group, params in zip(groups, clipper.clip_(groups, backend), strict=True):
-        if group["clipping"]:
-            for param in params:
-                _clip_sparse_rows_(param, Clip.of(group))
+    dense: list[dict[str, Any]] = []
+    sparse: list[tuple[Tensor, Clip]] = []
+    for group in groups:
+        params = group["params"] if group["clipping"] else []
+        others = [p for p in params if p.grad is not None and p.grad.layout is not torch.strided]
+        sparse += [(p, Clip.of(group)) for p in others]
+        if others:
+            params = [p for p in params if p.grad is None or p.grad.layout is torch.strided]
+        dense.append({**group, "params": params})
+    clipper.clip_(dense, backend)
+    for param, clip in sparse:
+        _clip_sparse_rows_(param, clip)
 
 
 def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -130,7 +138,7 @@ def _check_sparse_rows(param: Tensor, grad: Tensor, unit_dim: int | None, name: 
         grad.layout is not torch.sparse_coo
         or param.dim() != 2
         or grad.sparse_dim() != 1
-        or resolve_unit_dim(param.shape, unit_dim) not in (None, 0)
+        or unit_dims(param.shape, unit_dim) not in ((), (0,))
     ):
         raise RuntimeError(
             f"the sparse gradient of {name} cannot be clipped: only row-sparse COO gradients of"
@@ -145,7 +153,7 @@ def _clip_sparse_rows_(param: Tensor, clip: Clip) -> None:
     if not grad.is_coalesced():
         grad = param.grad = grad.coalesce()
     values = grad.values()
-    if resolve_unit_dim(param.shape, clip.unit_dim) is None:
+    if not unit_dims(param.shape, clip.unit_dim):
         weight, dims = param, norm_dims(param.shape, None)
     else:
         weight, dims = param[grad.indices()[0]], (1,)

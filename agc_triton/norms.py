@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,8 +30,9 @@ class Clip(NamedTuple):
 
     @classmethod
     def of(cls, group: Mapping[str, Any], skipped: SkippedUnits | None = None) -> Clip:
-        """The settings in a group."""
-        return cls(group["clipping"], group["agc_eps"], group["unit_dim"], skipped)
+        """The settings in a group; without clipping the limit is infinite."""
+        clipping = group["clipping"] or math.inf
+        return cls(clipping, group["agc_eps"], group["unit_dim"], skipped)
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,12 +14,14 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class UnitLayout(NamedTuple):
-    """A dense tensor's elements in memory order, seen as (outer, units, inner).
+    """A dense tensor's elements in memory order, seen as (batch, outer, units, inner).
 
-    Element ``(o, u, i)`` lies ``(o * units + u) * inner + i`` elements from the start and belongs
-    to unit ``u``. ``outer == 1`` is the common case: every unit is one contiguous row.
+    Element ``(b, o, u, i)`` lies ``((b * outer + o) * units + u) * inner + i`` elements from the
+    start and belongs to unit ``b * units + u``. ``outer == 1`` is the common case: every unit is
+    one contiguous row, and ``batch`` is 1.
     """
 
+    batch: int
     outer: int
     units: int
     inner: int
@@ -29,10 +31,15 @@ class UnitLayout(NamedTuple):
         """Elements in one unit."""
         return self.outer * self.inner
 
+    @property
+    def n_units(self) -> int:
+        """Units in the tensor."""
+        return self.batch * self.units
+
 
 @functools.lru_cache(maxsize=4096)
-def resolve_unit_dim(shape: torch.Size, unit_dim: int | None) -> int | None:
-    """The dimension that indexes units, or None where the whole tensor is one unit.
+def unit_dims(shape: torch.Size, unit_dim: int | None) -> tuple[int, ...]:
+    """The dimensions that index units; none where the whole tensor is one unit.
 
     Tensors of squeezed rank <= 1 (scalars, biases, gains shaped (C, 1, 1, 1)) are one unit, as in
     the authors' JAX code (Brock et al. 2021, arXiv 2102.06171) and optax. ``unit_dim`` None is 0.
@@ -41,20 +48,20 @@ def resolve_unit_dim(shape: torch.Size, unit_dim: int | None) -> int | None:
         ValueError: ``unit_dim`` is out of range for ``shape``.
     """
     if sum(size != 1 for size in shape) <= 1:
-        return None
+        return ()
     dim = 0 if unit_dim is None else unit_dim
     if not -len(shape) <= dim < len(shape):
         raise ValueError(
             f"unit_dim {dim} is out of range for shape {tuple(shape)}, which takes {-len(shape)} to"
             f" {len(shape) - 1}"
         )
-    return dim % len(shape)
+    return (dim % len(shape),)
 
 
 def has_units(shape: torch.Size, unit_dim: int | None) -> bool:
     """Whether ``unit_dim`` is in range for a shape."""
     try:
-        resolve_unit_dim(shape, unit_dim)
+        unit_dims(shape, unit_dim)
     except ValueError:
         return False
     return True
@@ -66,8 +73,8 @@ def norm_dims(shape: torch.Size, unit_dim: int | None) -> tuple[int, ...]:
     Raises:
         ValueError: ``unit_dim`` is out of range for ``shape``.
     """
-    dim = resolve_unit_dim(shape, unit_dim)
-    return tuple(d for d in range(len(shape)) if d != dim)
+    dims = unit_dims(shape, unit_dim)
+    return tuple(d for d in range(len(shape)) if d not in dims)
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
@@ -88,11 +95,13 @@ def unit_layout(shape: torch.Size, order: tuple[int, ...], unit_dim: int | None)
     Raises:
         ValueError: ``unit_dim`` is out of range for ``shape``.
     """
-    dim = resolve_unit_dim(shape, unit_dim)
-    if dim is None:
-        return UnitLayout(1, 1, math.prod(shape))
+    dims = unit_dims(shape, unit_dim)
+    if not dims:
+        return UnitLayout(1, 1, 1, math.prod(shape))
+    (dim,) = dims
     at = order.index(dim)
     return UnitLayout(
+        batch=1,
         outer=math.prod(shape[d] for d in order[:at]),
         units=shape[dim],
         inner=math.prod(shape[d] for d in order[at + 1 :]),

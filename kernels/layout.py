@@ -8,11 +8,11 @@ from agc_triton.kernels import abi
 # Kernels read numbers of other modules only as constexpr.
 PARAM = tl.constexpr(abi.PARAM)
 GRAD = tl.constexpr(abi.GRAD)
-STEP = tl.constexpr(abi.STEP)
-FIRST_STATE = tl.constexpr(abi.FIRST_STATE)
+SCALARS = tl.constexpr(abi.SCALARS)
 TILE_FIELDS = tl.constexpr(abi.TILE_FIELDS)
 TENSOR_FIELDS = tl.constexpr(abi.TENSOR_FIELDS)
-CONSTANTS = tl.constexpr(abi.CONSTANTS)
+FIXED_VALUES = tl.constexpr(abi.FIXED_VALUES)
+RULE_VALUES = tl.constexpr(abi.RULE_VALUES)
 ACTIVE = tl.constexpr(abi.ACTIVE)
 CLIPPING = tl.constexpr(abi.CLIPPING)
 AGC_EPS = tl.constexpr(abi.AGC_EPS)
@@ -36,3 +36,11 @@ def element(column, inner, stride, STRIDED: tl.constexpr):
     if STRIDED:
         return (column // inner) * stride + column % inner
     return column
+
+
+@triton.jit
+def first_part(tile_ptr, fields):
+    """Where the partial sums of a tile's unit begin, and how many parts they are of."""
+    length, span = tl.load(fields), tl.load(fields + 4)
+    parts = (length + span - 1) // span
+    return tl.load(fields + 5) + tl.load(tile_ptr + 3) * parts, parts

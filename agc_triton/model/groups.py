@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from agc_triton.model.head import Inputs, find_head
-from agc_triton.units import resolve_unit_dim
+from agc_triton.units import unit_dims
 
 Exclusion = str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool]
 
@@ -124,13 +124,13 @@ def _entries(model: nn.Module) -> list[_Entry]:
 def _unit_dim(entry: _Entry) -> int | None:
     """By layer type; None for the default."""
     layer, shape = entry.layer, entry.param.shape
-    if resolve_unit_dim(shape, None) is None or not isinstance(layer, _ConvTransposeNd):
+    if not unit_dims(shape, None) or not isinstance(layer, _ConvTransposeNd):
         return None
     return None if layer.groups == layer.in_channels == layer.out_channels else 1
 
 
 def _decays(entry: _Entry) -> bool:
-    is_gain = resolve_unit_dim(entry.param.shape, None) is None
+    is_gain = not unit_dims(entry.param.shape, None)
     return not ("bias" in entry.tensor or is_gain or isinstance(entry.layer, _NORMS))
 
 

@@ -70,7 +70,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*options, float(group.get("decoupled_weight_decay", False)))
 
 
-ADAM = Rule(_update, _fused, KernelRule("adam", _flags, _states, _hyper))
+ADAM = Rule(_update, _fused, KernelRule("adam", _flags, _states, _hyper, 8, ("step",)))
 
 
 def adam_lists(optimizer: Any, group: dict[str, Any]) -> TensorLists:
@@ -88,4 +88,4 @@ class Adam_AGC(AGCOptimizer, Adam):
     rule = ADAM
 
     def _batches(self, group: dict[str, Any]) -> Batches:
-        yield adam_lists(self, group), group
+        return [(adam_lists(self, group), group)]

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from agc_triton.dispatch import Paths, limited
+from agc_triton.dispatch import Paths
 from agc_triton.nonfinite import check_nonfinite
 from agc_triton.optim.documentation import AGC_DOC
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
@@ -77,7 +77,7 @@ class AGCOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             group, index = self.param_groups[-1], len(self.param_groups) - 1
-            check_group(limited(group, self.nonfinite), index)
+            check_group(group, index, units=self._work().needs_units(group))
             check_group_backend(self.backend, group, index)
         except BaseException:
             self.param_groups.pop()
