@@ -36,57 +36,53 @@ class MachineCode(NamedTuple):
 
 
 @functools.cache
-def compile_step(
-    shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype, arch: str
-) -> Any:
+def compile_step(shape: TileShape, kernel: launches.Kernel, arch: str, skip: bool = False) -> Any:
     """`step` for one tile shape; ``arch`` is 80, 90, ... or gfx942."""
-    constants = launches.step_constants(shape, rule, flags, states, dtype)
-    return _compile(step, constants, dtype, shape.num_warps, arch)
+    constexprs = launches.step_constexprs(shape, kernel, skip)
+    return _compile(step, constexprs, kernel.compute, shape.num_warps, arch)
 
 
-def compile_begin(plan: BucketPlan, rule: str, dtype: torch.dtype, arch: str) -> Any:
+def compile_begin(plan: BucketPlan, kernel: launches.Kernel, arch: str) -> Any:
     """`begin`, which every step of this plan opens with."""
-    constants = launches.begin_constants(plan, rule, dtype)
-    return _compile_begin(tuple(constants.items()), dtype, arch)
+    constexprs = launches.begin_constexprs(plan, kernel)
+    return _compile_begin(tuple(constexprs.items()), kernel.compute, arch)
 
 
 @functools.cache
-def _compile_begin(constants: tuple[tuple[str, Any], ...], dtype: torch.dtype, arch: str) -> Any:
-    return _compile(begin, dict(constants), dtype, launches.BEGIN_WARPS, arch)
+def _compile_begin(constexprs: tuple[tuple[str, Any], ...], compute: torch.dtype, arch: str) -> Any:
+    return _compile(begin, dict(constexprs), compute, launches.BEGIN_WARPS, arch)
 
 
 _TYPES = {
     **dict.fromkeys(
         ("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr", "skipped_ptr"), "*i64"
     ),
-    **dict.fromkeys(("constants_ptr", "groups_ptr"), "*fp64"),
+    **dict.fromkeys(("prepared_ptr", "groups_ptr"), "*fp64"),
     **dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"), "*fp32"),
     **dict.fromkeys(("n_tensors", "n_prepare"), "i32"),
 }
 
 
 def _compile(
-    kernel: Any, constants: dict[str, Any], dtype: torch.dtype, num_warps: int, arch: str
+    kernel: Any, constexprs: dict[str, Any], compute: torch.dtype, num_warps: int, arch: str
 ) -> Any:
-    partials = "*fp64" if dtype == torch.float64 else "*fp32"
-    names = [name for name in kernel.arg_names if name not in constants]
-    types = {name: partials if name == "partials_ptr" else _TYPES[name] for name in names}
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    sums = "*fp64" if compute == torch.float64 else "*fp32"
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    types = {name: sums if name == "sums_ptr" else _TYPES[name] for name in names}
+    signature = {**types, **dict.fromkeys(constexprs, "constexpr")}
     # Tables start at addresses that torch's allocators align to 64 bytes or more.
     aligned = [(i,) for i, name in enumerate(names) if types[name].startswith("*")]
     attributes = {position: [["tt.divisibility", 16]] for position in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constexprs, attributes)
     hip = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch), 32)
     return triton.compile(source, target=target, options=launches.compile_options(num_warps, hip))
 
 
 @functools.cache
-def step_code(
-    shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype, arch: str
-) -> MachineCode:
+def step_code(shape: TileShape, kernel: launches.Kernel, arch: str) -> MachineCode:
     """Resources and accesses of `step` for one tile shape on an NVIDIA GPU."""
-    compiled = compile_step(shape, rule, flags, states, dtype, arch)
+    compiled = compile_step(shape, kernel, arch)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
 from agc_triton.triton_path import launches
 from agc_triton.triton_path.buckets import Bucket, BucketPlan, TensorUnits, plan_buckets
+from agc_triton.triton_path.launches import Kernel
 from agc_triton.units import memory_order, unit_layout
 from benchmarks.arguments import check_file
 from benchmarks.compiled import (
@@ -59,21 +60,13 @@ ARCHS = ("75", "80", "86", "87", "89", "90", "100", "120")
 BANDWIDTH = {"A100": 2.039, "H100": 3.35, "H200": 4.8}
 
 
-class Kernel(NamedTuple):
-    """What an optimizer asks of the kernels."""
-
-    rule: str
-    flags: int
-    states: int
-
-
 @functools.cache
-def kernel_of(optimizer: str) -> Kernel:
-    """The rule, flags and number of states of one of `OPTIMIZERS`."""
+def kernel_of(optimizer: str, dtype: torch.dtype) -> Kernel:
+    """What one of `OPTIMIZERS` asks of the kernels for parameters of a dtype."""
     make, options = OPTIMIZERS[optimizer]
     made = make([Parameter(torch.zeros(1))], **options)
-    kernel, group = made.rule.kernel, made.param_groups[0]
-    return Kernel(kernel.name, kernel.flags(group), len(kernel.states(group)))
+    rule, group = made.rule.kernel, made.param_groups[0]
+    return Kernel(rule, rule.flags(group), len(rule.states(group)), dtype, dtype, dtype)
 
 
 @functools.cache
@@ -88,13 +81,10 @@ def plan_model(model: str, dtype: torch.dtype, states: int, groups: int = 1) -> 
     return plan_buckets(tensors, dtype.itemsize, states)
 
 
-def bucket_row(
-    bucket: Bucket, optimizer: str, dtype: torch.dtype, arch: str, elements: int
-) -> dict[str, Any]:
+def bucket_row(bucket: Bucket, kernel: Kernel, arch: str, elements: int) -> dict[str, Any]:
     """One launch of a step: its tile shape and its machine code."""
-    kernel, shape = kernel_of(optimizer), bucket.shape
-    states = kernel.states
-    code = step_code(shape, *kernel, dtype, arch)
+    shape, dtype, states = bucket.shape, kernel.param, kernel.states
+    code = step_code(shape, kernel, arch)
     warps = resident_warps(code.registers, shape.num_warps)
     # How often each thread touches one role, where it reads its share `vector` elements at a time.
     times = shape.rows * shape.columns * shape.chunks // (32 * shape.num_warps * shape.vector)
@@ -138,12 +128,13 @@ def report(
     rows = []
     work = list(product(models, optimizers, dtypes, archs))
     for model, optimizer, dtype_name, arch in tqdm(work, desc="kernels", disable=None):
-        dtype, kernel = DTYPES[dtype_name], kernel_of(optimizer)
+        dtype = DTYPES[dtype_name]
+        kernel = kernel_of(optimizer, dtype)
         plan = plan_model(model, dtype, kernel.states)
         many = plan_model(model, dtype, kernel.states, groups=50)
         elements = sum(bucket.elements for bucket in plan.buckets)
         moved = sum(b.bytes_moved(dtype.itemsize, kernel.states) for b in plan.buckets)
-        compile_begin(plan, kernel.rule, dtype, arch)
+        compile_begin(plan, kernel, arch)
         for bucket in plan.buckets:
             rows.append(
                 {
@@ -154,7 +145,7 @@ def report(
                     # One copy of the tables, `begin`, and `step` once per bucket.
                     "launches": 2 + len(plan.buckets),
                     "launches_50_groups": 2 + len(many.buckets),
-                    **bucket_row(bucket, optimizer, dtype, arch, elements),
+                    **bucket_row(bucket, kernel, arch, elements),
                     **{f"predicted_ms_{gpu}": moved / tb / 1e9 for gpu, tb in BANDWIDTH.items()},
                     "triton": triton.__version__,
                 }
@@ -201,10 +192,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = report(args.models, args.optimizers, args.dtypes, args.arch)
     write(table, args.out)
     print(summary(table).to_string(index=False, float_format="{:.4g}".format))
-    adamw = kernel_of("AdamW")
+    adamw = kernel_of("AdamW", torch.float32)
     plan = plan_model(args.models[0], torch.float32, adamw.states)
-    compile_step(plan.buckets[-1].shape, *adamw, torch.float32, "gfx942")
-    compile_begin(plan, adamw.rule, torch.float32, "gfx942")
+    compile_step(plan.buckets[-1].shape, adamw, "gfx942")
+    compile_begin(plan, adamw, "gfx942")
     print(f"AdamW also compiles for gfx942. Every bucket's row is in {args.out}")
 
 

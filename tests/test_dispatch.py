@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 from torch.nn import Parameter
 
-from agc_triton import SGD_AGC, AdamW_AGC, RMSprop_AGC, adaptive_clip_grad_, dispatch, routing
+from agc_triton import SGD_AGC, AdamW_AGC, RMSprop_AGC, adaptive_clip_grad_, routing
+from agc_triton.snapshot import Cached
 from tests.support.helpers import OURS, nothing_changes, same
 from tests.support.triton_cases import DEVICE, make_grad, make_weight
 
@@ -56,7 +57,7 @@ def test_auto_takes_the_torch_path_on_the_cpu(cls: Any) -> None:
     for p, backend in ((param, "auto"), (expected, "torch")):
         optimizer = cls([p], lr=0.1, backend=backend)
         optimizer.step()
-        assert optimizer._paths.plan is None
+        assert optimizer._paths.triton.plan is None
         assert not getattr(optimizer, "_step_supports_amp_scaling", False)
     assert same(param, expected)
 
@@ -66,8 +67,8 @@ def test_triton_takes_the_kernels(cls: Any) -> None:
     optimizer = cls([make_param()], lr=0.1, backend="triton")
     assert optimizer._step_supports_amp_scaling
     optimizer.step()
-    assert optimizer._paths.plan is not None
-    assert optimizer._paths.plan.rest(optimizer.param_groups) == []
+    assert optimizer._paths.triton.plan is not None
+    assert optimizer._paths.triton.plan.rest(optimizer.param_groups) == []
 
 
 def test_kernels_are_imported_on_need() -> None:
@@ -122,7 +123,7 @@ def test_options_that_mean_the_torch_path_and_backend_triton(
 def test_options_that_go_with_backend_triton(option: dict[str, Any]) -> None:
     optimizer = AdamW_AGC([make_param()], backend="triton", **option)
     optimizer.step()
-    assert optimizer._paths.plan is not None
+    assert optimizer._paths.triton.plan is not None
 
 
 def set_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
@@ -144,7 +145,7 @@ def test_a_recent_triton(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_version(monkeypatch, version)
     optimizer = AdamW_AGC([make_param()], backend="triton")
     optimizer.step()
-    assert optimizer._paths.plan is not None
+    assert optimizer._paths.triton.plan is not None
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,8 +229,7 @@ def test_what_becomes_unfit_in_mid_training() -> None:
 
 
 def test_the_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = importlib.import_module("agc_triton.triton_path.launches")
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(routing, "interpreted", lambda: False)
     param = make_param("cpu")
     with nothing_changes([param]), pytest.raises(RuntimeError, match="Triton needs a GPU"):
         AdamW_AGC([param], backend="triton").step()
@@ -267,7 +267,7 @@ def test_what_was_asked_for_needs_no_warning(asked: dict[str, Any]) -> None:
         warnings.simplefilter("error")
         optimizer = SGD_AGC([on_gpu()], lr=0.1, **asked)
         optimizer.step()
-    assert optimizer._paths.plan is None
+    assert optimizer._paths.triton.plan is None
 
 
 def test_empty_parameters_need_no_kernel() -> None:
@@ -275,17 +275,19 @@ def test_empty_parameters_need_no_kernel() -> None:
     empty.grad = torch.zeros(0, 4, device=DEVICE)
     optimizer = SGD_AGC([empty, make_param()], lr=0.1, momentum=0.9, backend="triton")
     optimizer.step()
-    assert optimizer._paths.plan is not None
-    (group,) = optimizer._paths.plan.rest(optimizer.param_groups)
+    assert optimizer._paths.triton.plan is not None
+    ((_, group),) = optimizer._paths.triton.plan.rest(optimizer.param_groups)
     assert group["params"][0] is empty
     alone = SGD_AGC([empty], lr=0.1, backend="triton")
     alone.step()
-    assert alone._paths.plan is None
+    assert alone._paths.triton.plan is None
 
 
 def test_a_plan_that_does_not_fit_is_never_launched() -> None:
+    cached: Cached[str] = Cached()
     with pytest.raises(AssertionError, match="please report"):
-        dispatch.check_fits(False)
+        cached.get(lambda plan: None, lambda: "a plan")
+    assert cached.plan is None
 
 
 def test_nothing_to_do() -> None:

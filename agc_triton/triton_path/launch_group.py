@@ -92,7 +92,7 @@ class LaunchGroup:
         self._sums = torch.empty(
             2 * max(self.plan.sums, 1), dtype=kernel.compute, device=self.device
         )
-        self._launcher = StepLauncher(self.plan, kernel, self.device, self._sums, skipped)
+        self.launcher = StepLauncher(self.plan, kernel, self.device, self._sums, skipped)
         self._grad_addresses = grads
         self._rows: dict[int, tuple[list[float], list[int]] | None] = {
             m.group: None for m in members
@@ -101,7 +101,7 @@ class LaunchGroup:
         self._brought: dict[tuple[int, int], Tensor] = {}
         self._changed = True
         self._write_groups(groups)
-        self._launcher.load(self.tables)
+        self.launcher.load(self.tables)
 
     def write_tables(self, params: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> bool:
         """Read gradients and options again; False if the gradients need another plan.
@@ -118,17 +118,17 @@ class LaunchGroup:
     def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Upload what has changed, count steps, prepare and sum."""
         if capturing:
-            kept = self._launcher, self.tables, self._scalars, dict(self._brought)
+            kept = self.launcher, self.tables, self._scalars, dict(self._brought)
             self._captured.append(kept)
             self._frozen = True
         if self._changed:
             self.tables.upload(capturing)
             self._changed = False
-        self._launcher.begin(self.tables, grad_scale, found_inf)
+        self.launcher.begin(self.tables, grad_scale, found_inf)
 
     def update(self) -> None:
         """Clip and update."""
-        self._launcher.update(self.tables)
+        self.launcher.update(self.tables)
         if self.rule.writes_grad:
             self._grads.write_back()
         self._grads.drop_copies()

@@ -132,7 +132,7 @@ class Launch:
         self.options = {"num_warps": warps}
         if not interpreted():
             self.options = compile_options(warps, torch.version.hip is not None)
-        self._bound = (*bound, *constexprs.values())
+        self.bound = (*bound, *constexprs.values())
         self._start: Any = None
 
     def load(self, *varying: Any) -> None:
@@ -145,7 +145,7 @@ class Launch:
             if interpreted():
                 self._start = self.kernel[self.grid]
             else:
-                given = (*varying, *self._bound)
+                given = (*varying, *self.bound)
                 compiled = self.kernel.warmup(*given, grid=self.grid, **self.options)
                 self._start = compiled[self.grid]
         except Exception as error:  # whatever the compiler, its tools or the driver raise
@@ -158,7 +158,7 @@ class Launch:
             RuntimeError: it cannot be started.
         """
         try:
-            self._start(*varying, *self._bound)
+            self._start(*varying, *self.bound)
         except Exception as error:  # whatever the driver raises
             remedy = (
                 "weights, states and step counts may be updated in part: go on from a checkpoint,"
@@ -200,7 +200,7 @@ class StepLauncher:
         self._no_scale = torch.ones((), dtype=torch.float32, device=device)
         self._no_inf = torch.zeros((), dtype=torch.float32, device=device)
         preparing = -(-n // PREPARE_BLOCK)
-        self._begin = Launch(
+        self.opening = Launch(
             begin,
             preparing + len(plan.parts),
             (fields, prepared, torch.from_numpy(plan.parts).to(device), sums, n, preparing),
@@ -208,7 +208,7 @@ class StepLauncher:
             BEGIN_WARPS,
         )
         counts = fields if skipped is None else skipped  # an int64 pointer that is not read
-        self._steps = [
+        self.steps = [
             Launch(
                 step,
                 len(bucket.tiles),
@@ -225,17 +225,17 @@ class StepLauncher:
         Raises:
             RuntimeError: a kernel cannot be.
         """
-        self._begin.load(*self._varying(tables, None, None))
-        for launch in self._steps:
+        self.opening.load(*self._varying(tables, None, None))
+        for launch in self.steps:
             launch.load(tables.addresses)
 
     def begin(self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Count, prepare and sum; both tensors are fp32 on the device."""
-        self._begin.fire(*self._varying(tables, grad_scale, found_inf))
+        self.opening.fire(*self._varying(tables, grad_scale, found_inf))
 
     def update(self, tables: Tables) -> None:
         """Clip and update."""
-        for launch in self._steps:
+        for launch in self.steps:
             launch.fire(tables.addresses)
 
     def _varying(

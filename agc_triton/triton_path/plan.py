@@ -86,7 +86,7 @@ class TritonPlan:
         self._pick_idle = self._picker(idle)
         counts = _skip_counts(work, found.values(), skipped)
         units: defaultdict[torch.device, int] = defaultdict(int)
-        self._parts: list[Part] = []
+        self.parts: list[Part] = []
         for members in found.values():
             device = members[0][0].device
             made = _members(work, members, own, begun)
@@ -95,7 +95,7 @@ class TritonPlan:
                     self._rule, made, work.groups, units[device], counts.get(device), captured
                 )
             units[device] += sum(member.layout.n_units for member in made)
-            self._parts.append(self._part(work, launches, members))
+            self.parts.append(self._part(work, launches, members))
         # As long as they are here, no others can be where they were.
         self._entries = list(work.state.values())
 
@@ -111,7 +111,7 @@ class TritonPlan:
         ]
         fixed: list[Tensor] = []
         try:
-            for part in self._parts:
+            for part in self.parts:
                 fixed += part.pick(params)
                 for name in part.keys:
                     fixed += map(itemgetter(name), part.entries)
@@ -125,7 +125,7 @@ class TritonPlan:
         if any(p.grad is not None for p in self._pick_idle(params)):
             return False
         return all(
-            part.launches.write_tables(part.pick(params), work.groups) for part in self._parts
+            part.launches.write_tables(part.pick(params), work.groups) for part in self.parts
         )
 
     def rest(self, groups: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
@@ -137,7 +137,7 @@ class TritonPlan:
 
     def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Upload tables, count steps, sum the parts of long units."""
-        for part in self._parts:
+        for part in self.parts:
             device = part.launches.device
             with _current(device):
                 part.launches.begin(_on(grad_scale, device), _on(found_inf, device), capturing)
@@ -145,7 +145,7 @@ class TritonPlan:
     def update(self, work: Work) -> None:
         """Clip and update; autograd is told of it."""
         params = _all_params(work)
-        for part in self._parts:
+        for part in self.parts:
             written: Any = compress(part.pick(params), part.launches.has_grad)
             count_writes([p.grad for p in written] if self._rule.writes_grad else list(written))
             with _current(part.launches.device):

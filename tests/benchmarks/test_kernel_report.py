@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from agc_triton.triton_path import launches
+from agc_triton.triton_path.launches import Kernel
 from benchmarks import kernel_report
 from benchmarks.compiled import MachineCode, read_machine_code, resident_warps
-from benchmarks.kernel_report import BANDWIDTH, DTYPES, OPTIMIZERS, Kernel, kernel_of, plan_model
+from benchmarks.kernel_report import BANDWIDTH, DTYPES, OPTIMIZERS, kernel_of, plan_model
 from benchmarks.shapes import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -63,14 +65,15 @@ def test_resident_warps(registers: int, num_warps: int, expected: int) -> None:
 
 
 def test_optimizers_ask_for_their_own_kernels() -> None:
-    assert {name: kernel_of(name) for name in OPTIMIZERS} == {
-        "SGD": Kernel("sgd", 1, 1),
-        "Adam": Kernel("adam", 0, 2),
-        "AdamW": Kernel("adam", 0, 2),
-        "AdamW-amsgrad": Kernel("adam", 1, 3),
-        "RMSprop": Kernel("rmsprop", 0, 1),
-        "RMSprop-momentum": Kernel("rmsprop", 2, 2),
-        "RMSprop-centered-momentum": Kernel("rmsprop", 3, 3),
+    kernels = {name: kernel_of(name, torch.float32) for name in OPTIMIZERS}
+    assert {name: (k.rule.name, k.flags, k.states) for name, k in kernels.items()} == {
+        "SGD": ("sgd", 1, 1),
+        "Adam": ("adam", 0, 2),
+        "AdamW": ("adam", 0, 2),
+        "AdamW-amsgrad": ("adam", 1, 3),
+        "RMSprop": ("rmsprop", 0, 1),
+        "RMSprop-momentum": ("rmsprop", 2, 2),
+        "RMSprop-centered-momentum": ("rmsprop", 3, 3),
     }
 
 
@@ -79,9 +82,9 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Every kernel has 40 registers and reads and writes p, g and states once in full width."""
     asked: list[tuple[Any, ...]] = []
 
-    def code(shape: Any, rule: str, flags: int, states: int, dtype: Any, arch: str) -> MachineCode:
-        asked.append((shape, rule, flags, states, dtype, arch))
-        width = 8 * dtype.itemsize * shape.vector
+    def code(shape: Any, kernel: Kernel, arch: str) -> MachineCode:
+        asked.append((shape, kernel, arch))
+        width, states = 8 * kernel.param.itemsize * shape.vector, kernel.states
         times = shape.rows * shape.columns * shape.chunks // (32 * shape.num_warps * shape.vector)
         loads = Counter({width: (2 + states) * times, 7: 1})
         return MachineCode(40, 8, loads, Counter({width: (1 + states) * times}))
@@ -97,7 +100,7 @@ def test_a_row_per_bucket_of_every_model(
     optimizer: str, dtype: str, nothing_compiled: list[tuple[Any, ...]]
 ) -> None:
     table = kernel_report.report(MODELS, [optimizer], [dtype], ["80", "90"])
-    kernel, itemsize = kernel_of(optimizer), DTYPES[dtype].itemsize
+    kernel, itemsize = kernel_of(optimizer, DTYPES[dtype]), DTYPES[dtype].itemsize
     for (model, _), rows in table.groupby(["model", "arch"]):
         plan = plan_model(model, DTYPES[dtype], kernel.states)
         assert rows["elements"].tolist() == [bucket.elements for bucket in plan.buckets]
@@ -114,7 +117,7 @@ def test_a_row_per_bucket_of_every_model(
     assert (table["stores_per_element"] == 1 + kernel.states).all()
     assert table["load_bits"].str.endswith(" 1x7").all()
     assert set(table["occupancy"]) <= {n / 64 for n in range(32, 65)}
-    assert {asked[1:4] for asked in nothing_compiled} == {tuple(kernel)}
+    assert {asked[1] for asked in nothing_compiled} == {kernel}
 
     summary = kernel_report.summary(table)
     assert len(summary) == 2 * len(MODELS)
@@ -143,10 +146,10 @@ for optimizer, length, dtype, arch in (
     ("AdamW-amsgrad", 1 << 20, torch.bfloat16, "80"),
     ("AdamW", 1 << 20, torch.bfloat16, "80"),
 ):
-    kernel = kernel_of(optimizer)
-    units = TensorUnits(UnitLayout(1, 2, length), True, 0)
+    kernel = kernel_of(optimizer, dtype)
+    units = TensorUnits(UnitLayout(1, 1, 2, length), True, 0)
     shape = ideal_shape(units, dtype.itemsize, kernel.states)
-    code = step_code(shape, *kernel, dtype, arch)
+    code = step_code(shape, kernel, arch)
     warps = resident_warps(code.registers, shape.num_warps)
     print(optimizer, code.spill_bytes, warps, code.loads[128], code.stores[128])
 """
@@ -157,9 +160,10 @@ import re, torch
 from agc_triton.triton_path.buckets import TensorUnits, ideal_shape
 from agc_triton.units import UnitLayout
 from benchmarks.compiled import compile_step
+from benchmarks.kernel_report import kernel_of
 for length in (5_000, 14_336, 300_000):
-    shape = ideal_shape(TensorUnits(UnitLayout(1, 2, length), True, 0), 4, 2)
-    code = compile_step(shape, "adam", 0, 2, torch.float32, "gfx942").asm["amdgcn"]
+    shape = ideal_shape(TensorUnits(UnitLayout(1, 1, 2, length), True, 0), 4, 2)
+    code = compile_step(shape, kernel_of("AdamW", torch.float32), "gfx942").asm["amdgcn"]
     print(shape.num_warps, *re.findall(r"max_flat_workgroup_size: *(\\d+)", code))
 """
 

@@ -166,7 +166,7 @@ def test_blocks_do_not_change_a_bit(
     monkeypatch: pytest.MonkeyPatch, name: str, mode: str, block: int
 ) -> None:
     monkeypatch.setattr(agc_triton.torch_path.blocks, "BLOCK", block)
-    monkeypatch.setattr(agc_triton.torch_path.blocks, "JOINED", 0)
+    monkeypatch.setattr(agc_triton.torch_path.blocks, "PACKED", 0)
     shapes = ((20, 16), (5, 64), (48, 5), (400,))
     assert_same_run(name, {**STATEFUL[name], **MODES[mode]}, UNREACHED, shapes=shapes)
 
@@ -177,5 +177,5 @@ def test_odd_blocks_do_not_change_a_bit_of_the_for_loop(
     monkeypatch: pytest.MonkeyPatch, name: str, block: int
 ) -> None:
     monkeypatch.setattr(agc_triton.torch_path.blocks, "BLOCK", block)
-    monkeypatch.setattr(agc_triton.torch_path.blocks, "JOINED", 0)
+    monkeypatch.setattr(agc_triton.torch_path.blocks, "PACKED", 0)
     assert_same_run(name, {**STATEFUL[name], "fused": False}, UNREACHED)

@@ -21,6 +21,7 @@ from tests.support.triton_cases import (
     DEVICE,
     TRITON,
     KernelOracle,
+    bound_args,
     bucket_plans,
     check_clipped,
     make_grad,
@@ -249,9 +250,10 @@ def test_what_scratch_memory_held_does_not_matter(name: str) -> None:
     oracle = KernelOracle(name, params, **STATEFUL[name], clipping=CLIPPING)
     for step, value in enumerate((0.0, torch.inf, 1e300)):
         if step:
-            (part,) = plan_of(optimizer).steps
-            part.step.launcher.constants.fill_(value)
-            part.step.launcher.partials.fill_(min(value, 1e38))
+            (part,) = plan_of(optimizer).parts
+            args = bound_args(part.launches.launcher.opening)
+            args["prepared_ptr"].fill_(value)
+            args["sums_ptr"].fill_(min(value, 1e38))
         grads = [make_grad(p.shape, seed=step).float().to(DEVICE) for p in params]
         oracle.step(grads)
         step_with(optimizer, params, grads)

@@ -132,7 +132,7 @@ def interrupt(patch: pytest.MonkeyPatch, backend: str, call: int) -> None:
         patch.setattr(torch.linalg, "vector_norm", norm)
     else:
         fire = Failing(agc_triton.triton_path.launches.Launch.fire, call, KeyboardInterrupt())
-        patch.setattr(agc_triton.triton_path.launches.Launch, "fire", lambda launch: fire(launch))
+        patch.setattr(agc_triton.triton_path.launches.Launch, "fire", lambda *args: fire(*args))
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
