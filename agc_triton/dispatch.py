@@ -175,6 +175,7 @@ class Clipper:
 
     def __init__(self) -> None:
         self._triton = TritonPath()
+        self._no_state: dict[Tensor, dict[str, Any]] = {}
 
     @property
     def captured(self) -> list[Any]:
@@ -188,7 +189,7 @@ class Clipper:
             RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take.
         """
         capturing = is_capturing()
-        work = Work("", CLIP, groups, {}, lambda group: [], backend, "propagate")
+        work = Work("", CLIP, groups, self._no_state, lambda group: [], backend, "propagate")
         plan = self._triton.prepare(work, lambda: None, None, capturing, "clipping")
         rest = list(enumerate(groups)) if plan is None else plan.rest(groups)
         if plan is not None:

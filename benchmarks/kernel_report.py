@@ -24,8 +24,7 @@ import triton
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
-from agc_triton.triton_path import launches
+from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, routing
 from agc_triton.triton_path.buckets import Bucket, BucketPlan, TensorUnits, plan_buckets
 from agc_triton.triton_path.launches import Kernel
 from agc_triton.units import memory_order, unit_layout
@@ -187,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/kernel_report.csv"))
     args = parser.parse_args(argv)
     check_file(parser, args.out)
-    if launches.interpreted():
+    if routing.interpreted():
         parser.error("kernels are not compiled under TRITON_INTERPRET=1; unset it")
     table = report(args.models, args.optimizers, args.dtypes, args.arch)
     write(table, args.out)

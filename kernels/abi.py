@@ -3,12 +3,11 @@
 # Roles of the rows of addresses; a rule's scalars follow (fp32, one element), then its states.
 PARAM, GRAD, SCALARS = range(3)
 
-# A tile: tensor, offset of its first unit, units (first column in a split unit), and the number of
-# its first unit among all units of a plan.
-TILE_FIELDS = 4
-# A tensor: length of a unit, inner, stride between inner runs, group, span of a part, and where the
-# partial sums of unit 0 would lie if its units were split (unit u's lie u * parts further).
-TENSOR_FIELDS = 6
+# A tile: tensor, offset of its first unit, units (first column in a split unit), the number of its
+# first unit among all units of a plan, and in a split unit the position of its first pair of sums.
+TILE_FIELDS = 5
+# A tensor: length of a unit, inner, stride between inner runs, group, span of a part.
+TENSOR_FIELDS = 5
 
 # Values per group in front of a rule's own: clipping, agc_eps, sign (-1 to maximize).
 FIXED_VALUES = 3

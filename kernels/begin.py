@@ -18,7 +18,6 @@ from agc_triton.kernels.layout import (
     TENSOR_FIELDS,
     TILE_FIELDS,
     element,
-    first_part,
     row,
 )
 from agc_triton.kernels.norms import sum_pairs
@@ -92,14 +91,12 @@ def _sum_part(
     VECTOR: tl.constexpr,
     STRIDED: tl.constexpr,
 ):
-    """Sums of squares of p and g over one span of a long unit, into its own pair of sums."""
+    """Sums of squares of p and g over one span of a long unit, into a pair of its own."""
     tensor, offset, start = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     fields = tensors_ptr + tensor * TENSOR_FIELDS
     length, inner, stride = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
-    span = tl.load(fields + 4)
-    first, _ = first_part(tile_ptr, fields)
-    sums_ptr += 2 * (first + start // span)
-    end = tl.minimum(start + span, length)
+    end = tl.minimum(start + tl.load(fields + 4), length)
+    sums_ptr += 2 * tl.load(tile_ptr + 4)
     inverse = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
     p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, P_DTYPE, VECTOR)
     g_address = tl.load(addresses_ptr + GRAD * n_tensors + tensor)

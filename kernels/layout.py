@@ -36,11 +36,3 @@ def element(column, inner, stride, STRIDED: tl.constexpr):
     if STRIDED:
         return (column // inner) * stride + column % inner
     return column
-
-
-@triton.jit
-def first_part(tile_ptr, fields):
-    """Where the partial sums of a tile's unit begin, and how many parts they are of."""
-    length, span = tl.load(fields), tl.load(fields + 4)
-    parts = (length + span - 1) // span
-    return tl.load(fields + 5) + tl.load(tile_ptr + 3) * parts, parts

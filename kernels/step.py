@@ -16,7 +16,6 @@ from agc_triton.kernels.layout import (
     TENSOR_FIELDS,
     TILE_FIELDS,
     element,
-    first_part,
     row,
 )
 from agc_triton.kernels.norms import clip_factor, sum_pairs
@@ -128,10 +127,11 @@ def step(
 
     if SPLIT:
         part = tl.arange(0, PARTS)[None, :]
-        first, parts = first_part(tile_ptr, fields)
-        part_ptr = sums_ptr + 2 * (first + part)
-        p_parts = tl.load(part_ptr, mask=part < parts, other=0.0)
-        g_parts = tl.load(part_ptr + 1, mask=part < parts, other=0.0)
+        span = tl.load(fields + 4)
+        part_ptr = sums_ptr + 2 * (tl.load(tile_ptr + 4) + part)
+        there = part < (length + span - 1) // span
+        p_parts = tl.load(part_ptr, mask=there, other=0.0)
+        g_parts = tl.load(part_ptr + 1, mask=there, other=0.0)
         p_sum, g_sum = sum_pairs(p_parts, g_parts)
     else:
         p_sum, g_sum = sum_pairs(p_squares, g_squares)

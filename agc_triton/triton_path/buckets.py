@@ -145,8 +145,9 @@ def plan_buckets(
                 tiles.append(_split_tiles(i, layout, shape.capacity, unit_of[i]))
                 parts.append(_split_tiles(i, layout, span, unit_of[i]))
                 per_unit = -(-layout.length // span)
-                fields[i, 5] = sums - unit_of[i] * per_unit
-                sums += layout.n_units * per_unit
+                tiles[-1][:, 4] = sums + (tiles[-1][:, 3] - unit_of[i]) * per_unit
+                parts[-1][:, 4] = sums + np.arange(len(parts[-1]))
+                sums += len(parts[-1])
             else:
                 tiles.append(_whole_tiles(i, layout, shape.rows, unit_of[i]))
         layouts = [tensors[i].layout for i in members]
@@ -233,12 +234,12 @@ def _merge(
     return {shape: sorted(members) for shape, members in chosen.items()}
 
 
-def _fields(tensor: TensorUnits, split_capacity: int) -> tuple[int, ...]:
-    """A tensor's row (see kernels/abi.py), but for where its partial sums lie."""
+def _fields(tensor: TensorUnits, split_capacity: int) -> tuple[int, int, int, int, int]:
+    """A tensor's row (see kernels/abi.py)."""
     _, outer, units, inner = tensor.layout
     length = outer * inner
     span = -(-length // (MAX_PARTS * split_capacity)) * split_capacity
-    return length, inner, units * inner, tensor.group, span, 0
+    return length, inner, units * inner, tensor.group, span
 
 
 def _offsets(layout: UnitLayout) -> Table:
@@ -252,7 +253,7 @@ def _whole_tiles(i: int, layout: UnitLayout, rows: int, first_unit: int) -> Tabl
     """Tiles of up to ``rows`` units, which lie at equal distances."""
     first = np.arange(0, layout.units, rows, dtype=np.int64)
     unit = (np.arange(layout.batch, dtype=np.int64)[:, None] * layout.units + first).reshape(-1)
-    tiles = np.empty((len(unit), abi.TILE_FIELDS), np.int64)
+    tiles = np.zeros((len(unit), abi.TILE_FIELDS), np.int64)
     tiles[:, 0] = i
     tiles[:, 1] = _offsets(layout)[unit]
     tiles[:, 2] = np.tile(np.minimum(rows, layout.units - first), layout.batch)
@@ -261,10 +262,10 @@ def _whole_tiles(i: int, layout: UnitLayout, rows: int, first_unit: int) -> Tabl
 
 
 def _split_tiles(i: int, layout: UnitLayout, width: int, first_unit: int) -> Table:
-    """Tiles of ``width`` columns of one unit."""
+    """Tiles of ``width`` columns of one unit, without where their sums lie."""
     starts = np.arange(0, layout.length, width, dtype=np.int64)
     unit = np.repeat(np.arange(layout.n_units, dtype=np.int64), len(starts))
-    tiles = np.empty((len(unit), abi.TILE_FIELDS), np.int64)
+    tiles = np.zeros((len(unit), abi.TILE_FIELDS), np.int64)
     tiles[:, 0] = i
     tiles[:, 1] = _offsets(layout)[unit]
     tiles[:, 2] = np.tile(starts, layout.n_units)

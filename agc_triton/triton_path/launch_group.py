@@ -77,7 +77,8 @@ class LaunchGroup:
         first_state = abi.SCALARS + rule.n_scalars
         self.tables = Tables(first_state + n_states, len(params), len(groups), self.device)
         host = self.tables.host_addresses
-        host[abi.PARAM], host[abi.GRAD], host[abi.SCALARS :] = addresses[0], grads, addresses[1:]
+        for row, of_role in zip(host, [addresses[0], grads, *addresses[1:]], strict=True):
+            row[:] = of_role
         kernel = Kernel(rule, rule.flags(options), n_states, dtype, dtype, dtype)
         param, self._grad_access, state = kernel.access(ACCESS)
         read = [abi.PARAM, abi.GRAD, *range(first_state, self.tables.roles)]

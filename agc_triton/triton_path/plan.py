@@ -19,7 +19,7 @@ from agc_triton.triton_path.buckets import Bucket, TensorUnits, plan_buckets
 from agc_triton.triton_path.launch_group import ACCESS, LaunchGroup, Member, kernel_layout
 from agc_triton.triton_path.scalars import OwnScalars, on_device
 from agc_triton.units import memory_order
-from agc_triton.validation import check_states
+from agc_triton.validation import check_grad, check_states
 from agc_triton.versions import count_writes
 
 # A change of one of these asks for another plan, not for another value in the tables.
@@ -53,7 +53,7 @@ class TritonPlan:
         captured: as of `LaunchGroup`.
 
     Raises:
-        RuntimeError: a state that cannot be walked in step with its parameter.
+        RuntimeError: a gradient or a state that cannot be walked in step with its parameter.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TritonPlan:
                 idle.append(p)
             else:
                 found[launch_key(self._rule, p, work.groups[index])].append((p, index))
-        _check_states(work, list(chain.from_iterable(found.values())))
+        _check_members(work, chain.from_iterable(found.values()))
         self._position = {id(p): i for i, p in enumerate(_all_params(work))}
         self._pick_idle = self._picker(idle)
         counts = _skip_counts(work, found.values(), skipped)
@@ -241,12 +241,15 @@ def _skip_counts(
     return {device: skipped.by_unit(device, n) for device, n in units.items()}
 
 
-def _check_states(work: Work, placed: list[Placed]) -> None:
+def _check_members(work: Work, placed: Iterable[Placed]) -> None:
+    """Check that gradients and states can be walked in step with their parameters."""
     position = {id(p): i for group in work.groups for i, p in enumerate(group["params"])}
     for p, index in placed:
+        where = work.groups[index], index, position[id(p)]
+        if p.grad is not None:
+            check_grad(p, p.grad, *where)
         keys, entry = work.rule.kernel.states(work.groups[index]), work.state.get(p, {})
-        states = {key: entry[key] for key in keys}
-        check_states(p, states, work.groups[index], index, position[id(p)])
+        check_states(p, {key: entry[key] for key in keys}, *where)
 
 
 def _has_states(work: Work, param: Tensor, index: int) -> bool:

@@ -23,9 +23,10 @@ class OwnScalars:
         if state is not self._state:  # they go with the state that they were made for
             self._state, self._known = state, {}
         new = [p for p in params if p not in self._known or p not in begun]
-        values = [[float(p in begun)] * n for p in new]
-        made = torch.tensor(values, dtype=torch.float32, device=params[0].device)
-        self._known.update(zip(new, map(Tensor.unbind, made), strict=True))
+        if new:
+            values = [[float(p in begun)] * n for p in new]
+            made = torch.tensor(values, dtype=torch.float32, device=params[0].device)
+            self._known.update(zip(new, map(Tensor.unbind, made), strict=True))
         return [self._known[p] for p in params]
 
 

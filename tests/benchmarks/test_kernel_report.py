@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from agc_triton.triton_path import launches
+from agc_triton import routing
 from agc_triton.triton_path.launches import Kernel
 from benchmarks import kernel_report
 from benchmarks.compiled import MachineCode, read_machine_code, resident_warps
@@ -127,7 +127,7 @@ def test_a_row_per_bucket_of_every_model(
 def test_kernels_are_not_reported_where_they_are_interpreted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launches, "interpreted", lambda: True)
+    monkeypatch.setattr(routing, "interpreted", lambda: True)
     with pytest.raises(SystemExit):
         kernel_report.main(["--out", str(tmp_path / "rows.csv")])
     assert "unset it" in capsys.readouterr().err

@@ -173,10 +173,12 @@ def overlapping(param: Parameter) -> None:
 
 
 def fsdp1(param: Parameter) -> None:
+    param.data = param.detach().clone()  # it lies in a flat parameter from then on
     param._is_flat_param = True  # type: ignore[attr-defined]  # as FSDP1's FlatParameter
 
 
 def fsdp1_original(param: Parameter) -> None:
+    param.data = param.detach().clone()
     param._fsdp_flattened = True  # type: ignore[attr-defined]  # as FSDP1 with use_orig_params
 
 
@@ -246,7 +248,7 @@ def test_a_group_whose_check_fails_is_not_added(
     params = make_params([(4, 3), (4, 3)])
     optimizer = target(params[:1])
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     for module in ("optimizer", "wrapper"):

@@ -42,7 +42,7 @@ def tile_elements(plan: BucketPlan) -> Iterator[tuple[TileShape, int, list[Indic
     """Per tile: its shape, its tensor, and where the elements of each of its units lie."""
     for bucket in plan.buckets:
         shape = bucket.shape
-        for tensor, offset, third, _ in bucket.tiles.tolist():
+        for tensor, offset, third, *_ in bucket.tiles.tolist():
             length, inner, stride = plan.fields[tensor, :3].tolist()
             start, count = (third, 1) if shape.split else (0, third)
             columns = np.arange(start, start + min(length - start, shape.capacity))
@@ -83,7 +83,7 @@ def assert_numbers_units(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> No
     """A tile knows its first unit's number, and the next units' follow."""
     numbers = unit_numbers(tensors)
     for bucket in plan.buckets:
-        for tensor, offset, third, unit in bucket.tiles.tolist():
+        for tensor, offset, third, unit, _ in bucket.tiles.tolist():
             inner = tensors[tensor].layout.inner
             for row in range(1 if bucket.shape.split else third):
                 assert numbers[tensor, offset + row * inner] == unit + row
@@ -91,14 +91,14 @@ def assert_numbers_units(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> No
 
 def assert_sums_parts(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> None:
     """Parts cover long units once, and each has a pair of sums of its own."""
-    numbers, found = unit_numbers(tensors), []
-    for tensor, offset, start, unit in plan.parts.tolist():
-        length, *_, span, first = plan.fields[tensor].tolist()
+    numbers, first = unit_numbers(tensors), dict[int, int]()
+    assert sorted(plan.parts[:, 4].tolist()) == list(range(plan.sums))
+    for tensor, offset, start, unit, at in plan.parts.tolist():
+        span = int(plan.fields[tensor, 4])
         assert numbers[tensor, offset] == unit
         assert start % span == 0
         assert start // span < buckets.MAX_PARTS
-        found.append(first + unit * -(-length // span) + start // span)
-    assert sorted(found) == list(range(plan.sums))
+        assert first.setdefault(unit, at) == at - start // span
     covered = [t[0] for t in plan.parts.tolist()]
     for bucket in plan.buckets:
         if not bucket.shape.split:
@@ -106,6 +106,8 @@ def assert_sums_parts(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> None:
         for tensor in bucket.tensors:
             layout, span = tensors[tensor].layout, int(plan.fields[tensor, 4])
             assert covered.count(tensor) == layout.n_units * -(-layout.length // span)
+        for *_, unit, at in bucket.tiles.tolist():
+            assert at == first[unit]
 
 
 def assert_keeps_promises(plan: BucketPlan, tensors: Sequence[TensorUnits], itemsize: int) -> None:
@@ -325,4 +327,4 @@ def test_rows_of_a_large_embedding() -> None:
     per_tile = bucket.shape.rows
     assert len(bucket.tiles) == 40_000_000 // per_tile
     first = 40_000_000 - per_tile
-    assert bucket.tiles[-1].tolist() == [0, first * 64, per_tile, first]
+    assert bucket.tiles[-1].tolist() == [0, first * 64, per_tile, first, 0]
