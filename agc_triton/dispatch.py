@@ -46,8 +46,6 @@ class Paths:
         capturing = is_capturing()
         if work.nonfinite == "raise":
             _check_finite(work, found_inf, capturing)
-        for index, group in enumerate(work.groups):
-            check_options(group, index)
         skipped = self.skipped if work.nonfinite == "skip_unit" else None
         with _whole_states(work.state):
             check = partial(_check_all, work)
@@ -59,7 +57,7 @@ class Paths:
             updates = self._prepare_blocks(work, rest, skipped, grad_scale, found_inf)
         if plan is not None:
             plan.begin(grad_scale, found_inf, capturing)
-            plan.update(work)
+            plan.update()
         for update in updates:
             update()
 
@@ -77,6 +75,7 @@ class Paths:
         collected = [_collect(work, group) for _, group in groups]
         updates: list[Callable[[], None]] = []
         for (index, group), batches in zip(groups, collected, strict=True):
+            check_options(group, index)
             clip = Clip.of(group, skipped) if work.needs_units(group) else None
             for at, (lists, options) in enumerate(batches):
                 given = lists, options, clip
@@ -194,7 +193,7 @@ class Clipper:
         rest = list(enumerate(groups)) if plan is None else plan.rest(groups)
         if plan is not None:
             plan.begin(None, None, capturing)
-            plan.update(work)
+            plan.update()
         for _, group in rest:
             params = [p for p in group["params"] if p.grad is not None]
             torch_path.clip_grads_(params, Clip.of(group))

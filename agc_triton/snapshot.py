@@ -89,7 +89,7 @@ class Snapshot:
             now.key == self._key
             and list(map(Tensor.data_ptr, now.fixed)) == self._addresses
             and list(map(UntypedStorage.data_ptr, self._memory)) == self._starts
-            and self._layouts.fit(now.fixed + now.loose)
+            and self._layouts.fit(now.fixed + now.loose if now.loose else now.fixed)
         )
 
 

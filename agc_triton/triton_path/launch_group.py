@@ -7,7 +7,8 @@ changed is copied to the device in one go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,10 @@ from agc_triton.triton_path.gradients import Gradients
 from agc_triton.triton_path.launches import Kernel, StepLauncher
 from agc_triton.triton_path.tables import Tables
 from agc_triton.units import UnitLayout, memory_order, unit_layout
+from agc_triton.validation import check_options
+
+# A change of one of these asks for another plan, not for another value in the tables.
+STRUCTURAL = ("unit_dim", "foreach", "fused", "differentiable", "capturable")
 
 # Bytes of a parameter that are read in one access where all roles are aligned for it.
 ACCESS = 16
@@ -39,6 +44,36 @@ class Member(NamedTuple):
     group: int
     scalars: tuple[Tensor, ...]
     states: tuple[Tensor, ...]
+
+
+class GroupOptions:
+    """The options of a group when its row in the tables was written."""
+
+    def __init__(self, rule: KernelRule, group: Mapping[str, Any]) -> None:
+        self._rule = rule
+        self._structure = self._of(group)
+        self._keys: list[str] = []
+        self._values: list[Any] = []
+
+    def same(self, group: Mapping[str, Any]) -> bool:
+        """Whether they are the very objects they were, and none that may change in place."""
+        return list(group) == self._keys and all(map(is_, group.values(), self._values))
+
+    def fit(self, group: Mapping[str, Any]) -> bool:
+        """Whether a change asks for other values in the tables alone, not for another plan."""
+        return self._of(group) == self._structure
+
+    def remember(self, group: Mapping[str, Any]) -> None:
+        """The row holds these now."""
+        volatile = [value for key, value in group.items() if key not in ("params", "param_names")]
+        volatile += self._rule.hyper(group)
+        if any(isinstance(value, (Tensor, list)) for value in volatile):
+            self._keys, self._values = [], []
+        else:
+            self._keys, self._values = list(group), list(group.values())
+
+    def _of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        return self._rule.flags(group), *map(group.get, STRUCTURAL)
 
 
 class LaunchGroup:
@@ -95,25 +130,29 @@ class LaunchGroup:
         )
         self.launcher = StepLauncher(self.plan, kernel, self.device, self._sums, skipped)
         self._grad_addresses = grads
-        self._rows: dict[int, tuple[list[float], list[int]] | None] = {
-            m.group: None for m in members
-        }
+        self._options = {m.group: GroupOptions(rule, groups[m.group]) for m in members}
+        self._rows: dict[int, tuple[list[float], list[int]] | None] = {}
         # Hyperparameters on other devices than this one, by group and position.
         self._brought: dict[tuple[int, int], Tensor] = {}
         self._changed = True
-        self._write_groups(groups)
+        self._write_groups(groups, self._options)
         self.launcher.load(self.tables)
 
     def write_tables(self, params: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Read gradients and options again; False if the gradients need another plan.
+        """Read gradients and options again; False if they need another plan.
 
         ``params`` are the members', ``groups`` the options of all groups.
         """
         if self._frozen:
             self._thaw()
+        changed = [i for i, options in self._options.items() if not options.same(groups[i])]
+        for index in changed:
+            if not self._options[index].fit(groups[index]):
+                return False
+            check_options(groups[index], index)
         if not self._write_grads(params):
             return False
-        self._write_groups(groups)
+        self._write_groups(groups, changed)
         return True
 
     def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
@@ -158,13 +197,14 @@ class LaunchGroup:
         self._changed = True
         return True
 
-    def _write_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        for index, before in self._rows.items():
+    def _write_groups(self, groups: Sequence[Mapping[str, Any]], changed: Iterable[int]) -> None:
+        for index in changed:
             row = self._row(index, groups[index])
-            if row != before:
+            if row != self._rows.get(index):
                 self.tables.set_group(index, *row)
                 self._rows[index] = row
                 self._changed = True
+            self._options[index].remember(groups[index])
 
     def _row(self, index: int, group: Mapping[str, Any]) -> tuple[list[float], list[int]]:
         """A group's values, and where the kernels read those of its hyperparameters instead."""

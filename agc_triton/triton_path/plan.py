@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, compress
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,6 @@ from agc_triton.triton_path.scalars import OwnScalars, on_device
 from agc_triton.units import memory_order
 from agc_triton.validation import check_grad, check_states
 from agc_triton.versions import count_writes
-
-# A change of one of these asks for another plan, not for another value in the tables.
-STRUCTURAL = ("unit_dim", "foreach", "fused", "differentiable", "capturable")
 
 # A parameter and the index of its group.
 Placed = tuple[Tensor, int]
@@ -82,8 +79,9 @@ class TritonPlan:
             else:
                 found[launch_key(self._rule, p, work.groups[index])].append((p, index))
         _check_members(work, chain.from_iterable(found.values()))
-        self._position = {id(p): i for i, p in enumerate(_all_params(work))}
-        self._pick_idle = self._picker(idle)
+        self._params = params = _all_params(work)
+        self._pick_idle = _picker(params, idle)
+        self._lengths = [len(group["params"]) for group in work.groups]
         counts = _skip_counts(work, found.values(), skipped)
         units: defaultdict[torch.device, int] = defaultdict(int)
         self.parts: list[Part] = []
@@ -95,19 +93,20 @@ class TritonPlan:
                     self._rule, made, work.groups, units[device], counts.get(device), captured
                 )
             units[device] += sum(member.layout.n_units for member in made)
-            self.parts.append(self._part(work, launches, members))
+            self.parts.append(_part(work, launches, params, members))
         # As long as they are here, no others can be where they were.
         self._entries = list(work.state.values())
 
     def look(self, work: Work) -> Look | None:
-        """What there is now of what the tables hold."""
-        params = _all_params(work)
-        key = [
-            (id(work.state), work.nonfinite, work.backend),
-            [(_structure(group), self._rule.flags(group)) for group in work.groups],
-            [len(group["params"]) for group in work.groups],
-            list(map(id, params)),
-            list(map(id, work.state.values())),
+        """What there is now of what the tables hold; for this step its parameters are kept."""
+        entries, groups = work.state.values(), work.groups
+        if [len(group["params"]) for group in groups] != self._lengths:
+            return None
+        if len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
+            return None
+        self._params = params = _all_params(work)
+        rest = [
+            id(p) for index, mask in self._rest for p in compress(groups[index]["params"], mask)
         ]
         fixed: list[Tensor] = []
         try:
@@ -115,17 +114,16 @@ class TritonPlan:
                 fixed += part.pick(params)
                 for name in part.keys:
                     fixed += map(itemgetter(name), part.entries)
-        except (KeyError, IndexError):  # a state or a parameter is gone
+        except KeyError:  # a state is gone
             return None
-        return Look(key, fixed, [])
+        return Look((id(work.state), work.nonfinite, work.backend, rest), fixed, [])
 
     def write_tables(self, work: Work) -> bool:
         """Read gradients and options again; False if another plan is needed."""
-        params = _all_params(work)
-        if any(p.grad is not None for p in self._pick_idle(params)):
+        if any(p.grad is not None for p in self._pick_idle(self._params)):
             return False
         return all(
-            part.launches.write_tables(part.pick(params), work.groups) for part in self.parts
+            part.launches.write_tables(part.pick(self._params), work.groups) for part in self.parts
         )
 
     def rest(self, groups: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
@@ -142,26 +140,14 @@ class TritonPlan:
             with _current(device):
                 part.launches.begin(_on(grad_scale, device), _on(found_inf, device), capturing)
 
-    def update(self, work: Work) -> None:
+    def update(self) -> None:
         """Clip and update; autograd is told of it."""
-        params = _all_params(work)
         for part in self.parts:
-            written: Any = compress(part.pick(params), part.launches.has_grad)
+            written: Any = compress(part.pick(self._params), part.launches.has_grad)
             count_writes([p.grad for p in written] if self._rule.writes_grad else list(written))
             with _current(part.launches.device):
                 part.launches.update()
-
-    def _picker(self, tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-        positions = [self._position[id(p)] for p in tensors]
-        if len(positions) > 1:
-            return itemgetter(*positions)
-        return lambda params: [params[i] for i in positions]
-
-    def _part(self, work: Work, launches: LaunchGroup, members: list[Placed]) -> Part:
-        params, index = [p for p, _ in members], members[0][1]
-        entries = [work.state.get(p, {}) for p in params]
-        keys = (*self._rule.scalars, *self._rule.states(work.groups[index]))
-        return Part(launches, self._picker(params), entries, keys)
+        self._params = []
 
 
 class Preview(NamedTuple):
@@ -192,6 +178,28 @@ def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
 def launch_key(rule: KernelRule, param: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the parameters that are launched together have in common."""
     return param.device, param.dtype, rule.flags(group), len(rule.states(group))
+
+
+def _picker(
+    params: Sequence[Tensor], some: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """What finds some parameters among all of them later on."""
+    position = {id(p): i for i, p in enumerate(params)}
+    positions = [position[id(p)] for p in some]
+    if positions == list(range(len(params))):
+        return lambda params: params
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda params: [params[i] for i in positions]
+
+
+def _part(
+    work: Work, launches: LaunchGroup, params: Sequence[Tensor], members: list[Placed]
+) -> Part:
+    own, index = [p for p, _ in members], members[0][1]
+    entries = [work.state.get(p, {}) for p in own]
+    keys = (*work.rule.kernel.scalars, *work.rule.kernel.states(work.groups[index]))
+    return Part(launches, _picker(params, own), entries, keys)
 
 
 def _create_states(work: Work, index: int, params: list[Tensor]) -> None:
@@ -260,10 +268,6 @@ def _has_states(work: Work, param: Tensor, index: int) -> bool:
 
 def _all_params(work: Work) -> list[Tensor]:
     return list(chain.from_iterable([group["params"] for group in work.groups]))
-
-
-def _structure(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(map(group.get, STRUCTURAL))
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
