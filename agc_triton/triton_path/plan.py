@@ -143,8 +143,10 @@ class TritonPlan:
     def update(self) -> None:
         """Clip and update; autograd is told of it."""
         for part in self.parts:
-            written: Any = compress(part.pick(self._params), part.launches.has_grad)
-            count_writes([p.grad for p in written] if self._rule.writes_grad else list(written))
+            written: Sequence[Any] = part.pick(self._params)
+            if not all(part.launches.has_grad):
+                written = list(compress(written, part.launches.has_grad))
+            count_writes([p.grad for p in written] if self._rule.writes_grad else written)
             with _current(part.launches.device):
                 part.launches.update()
         self._params = []
