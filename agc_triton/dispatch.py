@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from agc_triton.nonfinite import SkippedUnits, check_finite
 from agc_triton.norms import Clip
 from agc_triton.routing import eligible, wants_triton
-from agc_triton.rule import Batches, KernelRule, Rule, Work
+from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Work
 from agc_triton.snapshot import Cached
 from agc_triton.torch_path import step as torch_path
 from agc_triton.torch_path.plan import BlockPlan
@@ -89,6 +89,7 @@ class Paths:
     def _blocks_of(self, at: tuple[int, int], work: Work, *given: Any) -> BlockPlan:
         def make() -> BlockPlan:
             _check(work, at[0])
+            _bring_counts(work, *given[:2])
             return BlockPlan(*given)
 
         if at not in self.blocks:
@@ -209,17 +210,36 @@ def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured; CUDA is asked only where it has been used."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def _collect(work: Work, group: dict[str, Any]) -> Batches:
     """What has a gradient; where torch objects, our own checks speak first."""
     try:
-        return work.collect(group)
+        if torch.get_default_device().type == "cpu":
+            return work.collect(group)
+        # torch makes step counts on the default device, and would look for them on a CPU.
+        with torch.device("cpu"):
+            return work.collect(group)
     except Exception:
         _check_all(work)
         raise
+
+
+def _bring_counts(work: Work, lists: TensorLists, options: Mapping[str, Any]) -> None:
+    """Step counts that lie where torch would not take them are moved to their parameters.
+
+    So they do after training on one device goes on on another.
+    """
+    if not lists.steps:
+        return
+    (key,) = work.rule.kernel.scalars
+    beside = options.get("capturable") or options.get("fused")
+    for i, (param, step) in enumerate(zip(lists.params, lists.steps, strict=True)):
+        if step.device != param.device and (beside or not step.is_cpu):
+            lists.steps[i] = work.state[param][key] = step.to(param.device)
 
 
 def _check_all(work: Work) -> None:

@@ -17,6 +17,12 @@ RMSPROP_MOMENTUM = tl.constexpr(2)
 
 
 @triton.jit
+def decayed(g, p, weight_decay):
+    """The gradient with L2 decay; without any, an infinite weight does not make it NaN."""
+    return g + weight_decay * tl.where(weight_decay == 0.0, 0.0, p)
+
+
+@triton.jit
 def sgd_prepare(raw, scalars):
     """Momentum, weight of the new gradient, weight decay, lr; steps made."""
     lr, momentum, dampening, weight_decay = raw[0], raw[1], raw[2], raw[3]
@@ -29,7 +35,7 @@ def sgd_prepare(raw, scalars):
 @triton.jit
 def sgd(p, g, states, h, FLAGS: tl.constexpr):
     """torch.optim.SGD: L2 decay, momentum with dampening, Nesterov."""
-    g = g + h[2] * p
+    g = decayed(g, p, h[2])
     new_states = ()
     if SGD_MOMENTUM & FLAGS:
         momentum_buffer = h[0] * states[0] + h[1] * g
@@ -65,7 +71,7 @@ def adam_prepare(raw, scalars):
 @triton.jit
 def adam(p, g, states, h, FLAGS: tl.constexpr):
     """torch.optim.Adam and AdamW, with or without amsgrad."""
-    g = g + h[3] * p
+    g = decayed(g, p, h[3])
     exp_avg = states[0] + h[0] * (g - states[0])
     exp_avg_sq = h[1] * states[1] + h[2] * g * g
     new_states = (exp_avg, exp_avg_sq)
@@ -87,7 +93,7 @@ def rmsprop_prepare(raw, scalars):
 @triton.jit
 def rmsprop(p, g, states, h, FLAGS: tl.constexpr):
     """torch.optim.RMSprop, centered or not, with or without momentum."""
-    g = g + h[3] * p
+    g = decayed(g, p, h[3])
     square_avg = h[0] * states[0] + h[1] * g * g
     new_states = (square_avg,)
     avg = square_avg

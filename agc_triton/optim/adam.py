@@ -47,11 +47,7 @@ def _fused(group: Mapping[str, Any], _dtype: torch.dtype) -> Update:
     options |= {key: bool(given[key]) for key in ("amsgrad", "maximize")}
 
     def update(lists: TensorLists) -> None:
-        steps = lists.steps
-        if not all(step.is_cpu for step in steps):
-            # torch 2.11 makes them on the default device, where the kernel would not look for them.
-            steps = [step.cpu() for step in steps]
-        kernel(lists.params, lists.grads, *lists.states, steps, **options)
+        kernel(lists.params, lists.grads, *lists.states, lists.steps, **options)
 
     return update
 

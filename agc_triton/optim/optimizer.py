@@ -134,7 +134,8 @@ class AGCOptimizer(Optimizer):
 
         Nothing has been changed after any of these.
         """
-        if "capturable" in self.defaults:
+        # A forked process may not ask CUDA whether it captures, and cannot be.
+        if "capturable" in self.defaults and not torch.cuda._is_in_bad_fork():
             self._graph_capture_check()
         loss = None
         if closure is not None:

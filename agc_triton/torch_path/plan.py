@@ -65,7 +65,7 @@ class BlockPlan:
         for listed in self.block_lists:
             for role in roles:
                 fixed += pick(listed.indices, role)
-        loose = [] if clip is None else list(lists.grads)
+        loose = [*lists.steps] if clip is None else [*lists.steps, *lists.grads]
         if self.whole:
             for role in roles:
                 loose += pick(self.whole, role)

@@ -12,7 +12,6 @@ from torch import Tensor
 from agc_triton.snapshot import Layouts
 from agc_triton.units import memory_order
 
-
 _grad = attrgetter("grad")
 
 

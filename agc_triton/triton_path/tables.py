@@ -8,7 +8,7 @@ from torch import Tensor
 
 from agc_triton.kernels import abi
 
-# Captures that a plan has pinned memory for: none can be had while a graph is captured.
+# Captures in a row that a plan has pinned memory for: none can be had while a graph is captured.
 CAPTURES = 16
 
 
@@ -54,17 +54,11 @@ class Tables:
         self.host_pointers[index, : len(pointers)] = pointers
 
     def upload(self, capturing: bool) -> None:
-        """Copy the host's values to the device without waiting for it.
-
-        Raises:
-            RuntimeError: more captures than there is memory for.
-        """
+        """Copy the host's values to the device without waiting for it."""
         if capturing:
             if not self._for_captures:
-                raise RuntimeError(
-                    f"no more than {CAPTURES} steps can be captured in CUDA graphs without a step"
-                    " in between that is not captured; make one"
-                )
+                self._write_by_value()
+                return
             # Replays copy from it again.
             staging = self._replayed = self._for_captures.pop()
         else:
@@ -72,3 +66,8 @@ class Tables:
             staging = self._staging(1)[0]
         staging.numpy()[:] = self._host
         self._on_device.copy_(staging, non_blocking=True)
+
+    def _write_by_value(self) -> None:
+        """Write every value as an argument of a launch, some hundred each, without host memory."""
+        self._on_device.zero_()
+        torch._foreach_add_(list(self._on_device.unbind()), self._host.tolist())

@@ -365,3 +365,18 @@ def test_clipping_alone(dtype: torch.dtype) -> None:
     assert params[-1].grad is None
     for param, grad in zip(params[:-1], grads, strict=False):
         check_clipped(param, grad, param.grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_infinite_weight_without_decay_stays_infinite(name: str) -> None:
+    weight = make_weight((2, 3)).float()
+    weight[0, 1] = torch.inf
+    results = []
+    for backend in ("triton", "torch"):
+        param = weight.to(DEVICE)
+        optimizer = build(name, [param], {**STATEFUL[name], "weight_decay": 0, "backend": backend})
+        for seed in range(2):
+            step_with(optimizer, [param], [make_grad((2, 3), seed=seed).float().to(DEVICE)])
+        results.append(param)
+    assert results[0].isinf().equal(weight.isinf().to(DEVICE))
+    torch.testing.assert_close(*results)

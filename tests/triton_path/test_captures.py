@@ -152,23 +152,30 @@ def test_a_graph_and_steps_of_part_of_the_parameters_count_together(
     run.replay(graph, grads)
 
 
-def test_captures_without_a_plan_or_memory_for_them_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_captures_without_a_plan_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Captured("AdamW")
     set_grads(run.params, make_grads(0))
     before = copy.deepcopy(run.params)
     with capture(monkeypatch), pytest.raises(RuntimeError, match=r"step\(\) once .*before"):
         run.optimizer.step()
     assert same(run.params, before)
-    run.eager(1)
-    for seed in range(2, 2 + CAPTURES):
-        set_grads(run.params, make_grads(seed))
-        with capture(monkeypatch):
+
+
+def test_more_captures_than_there_is_pinned_memory_for(
+    uploads: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Captured("AdamW")
+    run.eager(0)
+    graphs = []
+    for seed in range(1, CAPTURES + 3):
+        grads = make_grads(seed)
+        set_grads(run.params, grads)
+        with capture(monkeypatch) as graph:
             run.optimizer.step()
-    set_grads(run.params, make_grads(0))
-    with capture(monkeypatch), pytest.raises(RuntimeError, match=f"no more than {CAPTURES}"):
-        run.optimizer.step()
+        graphs.append((graph, grads))
+    assert uploads == [False, *[True] * len(graphs)]
+    for graph, grads in (graphs[-1], graphs[0], graphs[-2]):
+        run.replay(graph, grads)
 
 
 def test_clipping_alone_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
