@@ -27,19 +27,36 @@ MAX_PROGRAMS_PER_SM = 32
 
 
 class MachineCode(NamedTuple):
-    """What one compiled kernel needs and does; accesses by width in bits, per thread."""
+    """What one compiled kernel needs and does; accesses by width in bits, per thread.
+
+    ``evict_first`` counts those of any width that leave the caches first, ``waits`` and
+    ``triggers`` the instructions that order overlapping launches.
+    """
 
     registers: int
     spill_bytes: int
     loads: Counter[int]
     stores: Counter[int]
+    evict_first: int
+    waits: int
+    triggers: int
 
 
 @functools.cache
-def compile_step(shape: TileShape, kernel: launches.Kernel, arch: str, skip: bool = False) -> Any:
-    """`step` for one tile shape; ``arch`` is 80, 90, ... or gfx942."""
-    constexprs = launches.step_constexprs(shape, kernel, skip)
-    return _compile(step, constexprs, kernel.compute, shape.num_warps, arch)
+def compile_step(
+    shape: TileShape, kernel: launches.Kernel, arch: str, first: bool = True, last: bool = True
+) -> Any:
+    """`step` for one tile shape, by its place in the step; ``arch`` is 80, 90, ... or gfx942."""
+    target = target_of(arch)
+    constexprs = launches.step_constexprs(shape, kernel, target, first=first, last=last)
+    options = target.options(shape.num_warps, target.pdl)
+    return _compile(step, constexprs, kernel.compute, options, arch)
+
+
+def target_of(arch: str) -> launches.Target:
+    """What kernels are compiled for there."""
+    hip = arch.startswith("gfx")
+    return launches.Target(hip, pdl=not hip and int(arch) >= 90, stream=not hip)
 
 
 def compile_begin(plan: BucketPlan, kernel: launches.Kernel, arch: str) -> Any:
@@ -50,7 +67,8 @@ def compile_begin(plan: BucketPlan, kernel: launches.Kernel, arch: str) -> Any:
 
 @functools.cache
 def _compile_begin(constexprs: tuple[tuple[str, Any], ...], compute: torch.dtype, arch: str) -> Any:
-    return _compile(begin, dict(constexprs), compute, launches.BEGIN_WARPS, arch)
+    options = target_of(arch).options(launches.BEGIN_WARPS, pdl=False)
+    return _compile(begin, dict(constexprs), compute, options, arch)
 
 
 _TYPES = {
@@ -64,7 +82,7 @@ _TYPES = {
 
 
 def _compile(
-    kernel: Any, constexprs: dict[str, Any], compute: torch.dtype, num_warps: int, arch: str
+    kernel: Any, constexprs: dict[str, Any], compute: torch.dtype, options: Any, arch: str
 ) -> Any:
     sums = "*fp64" if compute == torch.float64 else "*fp32"
     names = [name for name in kernel.arg_names if name not in constexprs]
@@ -76,13 +94,15 @@ def _compile(
     source = ASTSource(kernel, signature, constexprs, attributes)
     hip = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch), 32)
-    return triton.compile(source, target=target, options=launches.compile_options(num_warps, hip))
+    return triton.compile(source, target=target, options=options)
 
 
 @functools.cache
-def step_code(shape: TileShape, kernel: launches.Kernel, arch: str) -> MachineCode:
+def step_code(
+    shape: TileShape, kernel: launches.Kernel, arch: str, first: bool = True, last: bool = True
+) -> MachineCode:
     """Resources and accesses of `step` for one tile shape on an NVIDIA GPU."""
-    compiled = compile_step(shape, kernel, arch)
+    compiled = compile_step(shape, kernel, arch, first, last)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -100,7 +120,13 @@ def read_machine_code(usage: str, sass: str) -> MachineCode:
     registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert registers is not None
     return MachineCode(
-        int(registers[1]), int(registers[2]), _accesses(sass, "LDG"), _accesses(sass, "STG")
+        registers=int(registers[1]),
+        spill_bytes=int(registers[2]),
+        loads=_accesses(sass, "LDG"),
+        stores=_accesses(sass, "STG"),
+        evict_first=len(re.findall(r"\b(?:LDG|STG)\.E\.EF\b", sass)),
+        waits=len(re.findall(r"\bACQBULK\b", sass)),
+        triggers=len(re.findall(r"\bPREEXIT\b", sass)),
     )
 
 

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, routing
-from agc_triton.triton_path.buckets import Bucket, BucketPlan, TensorUnits, plan_buckets
+from agc_triton.triton_path.buckets import BucketPlan, TensorUnits, plan_buckets
 from agc_triton.triton_path.launches import Kernel
 from agc_triton.units import memory_order, unit_layout
 from benchmarks.arguments import check_file
@@ -80,10 +80,13 @@ def plan_model(model: str, dtype: torch.dtype, states: int, groups: int = 1) -> 
     return plan_buckets(tensors, dtype.itemsize, states)
 
 
-def bucket_row(bucket: Bucket, kernel: Kernel, arch: str, elements: int) -> dict[str, Any]:
+def bucket_row(plan: BucketPlan, at: int, kernel: Kernel, arch: str) -> dict[str, Any]:
     """One launch of a step: its tile shape and its machine code."""
+    bucket, elements = plan.buckets[at], sum(bucket.elements for bucket in plan.buckets)
     shape, dtype, states = bucket.shape, kernel.param, kernel.states
-    code = step_code(shape, kernel, arch)
+    first, last = at == 0, at == len(plan.buckets) - 1
+    code = step_code(shape, kernel, arch, first, last)
+    ordered = (code.waits, code.triggers) == (1 if first else 2, 0 if last else 1)
     warps = resident_warps(code.registers, shape.num_warps)
     # How often each thread touches one role, where it reads its share `vector` elements at a time.
     times = shape.rows * shape.columns * shape.chunks // (32 * shape.num_warps * shape.vector)
@@ -108,6 +111,8 @@ def bucket_row(bucket: Bucket, kernel: Kernel, arch: str, elements: int) -> dict
         "load_bits": _listed(code.loads),
         "store_bits": _listed(code.stores),
         "access_bits": width,
+        "evict_first": code.evict_first / (code.loads[width] + code.stores[width]),
+        "dependent_launch": "yes" if ordered else "no",
         "loads_per_element": role_loads if exact else float("nan"),
         "stores_per_element": role_stores if exact else float("nan"),
         "bytes_per_parameter": bucket.bytes_moved(dtype.itemsize, states) / bucket.elements,
@@ -131,10 +136,9 @@ def report(
         kernel = kernel_of(optimizer, dtype)
         plan = plan_model(model, dtype, kernel.states)
         many = plan_model(model, dtype, kernel.states, groups=50)
-        elements = sum(bucket.elements for bucket in plan.buckets)
         moved = sum(b.bytes_moved(dtype.itemsize, kernel.states) for b in plan.buckets)
         compile_begin(plan, kernel, arch)
-        for bucket in plan.buckets:
+        for at in range(len(plan.buckets)):
             rows.append(
                 {
                     "model": model,
@@ -144,7 +148,7 @@ def report(
                     # One copy of the tables, `begin`, and `step` once per bucket.
                     "launches": 2 + len(plan.buckets),
                     "launches_50_groups": 2 + len(many.buckets),
-                    **bucket_row(bucket, kernel, arch, elements),
+                    **bucket_row(plan, at, kernel, arch),
                     **{f"predicted_ms_{gpu}": moved / tb / 1e9 for gpu, tb in BANDWIDTH.items()},
                     "triton": triton.__version__,
                 }

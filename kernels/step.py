@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton for other GPUs
+    gdc_launch_dependents = gdc_wait = None
+
 from agc_triton.kernels.layout import (
     ACTIVE,
     AGC_EPS,
@@ -22,10 +27,22 @@ from agc_triton.kernels.norms import clip_factor, sum_pairs
 
 
 @triton.jit
-def _store(ptrs, at, values, mask):
+def _load(ptr, mask, STREAM: tl.constexpr):
+    """Read what is read once a step: with ``STREAM`` it leaves the caches first."""
+    if STREAM:
+        return tl.load(ptr, mask=mask, other=0.0, eviction_policy="evict_first")
+    return tl.load(ptr, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptrs, at, values, mask, STREAM: tl.constexpr):
     """Write results; all that a step writes but counts is rounded and stored here."""
     for k in tl.static_range(len(ptrs)):
-        tl.store(ptrs[k] + at, values[k].to(ptrs[k].dtype.element_ty), mask=mask)
+        value = values[k].to(ptrs[k].dtype.element_ty)
+        if STREAM:
+            tl.store(ptrs[k] + at, value, mask=mask, cache_modifier=".cs")
+        else:
+            tl.store(ptrs[k] + at, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -56,16 +73,32 @@ def step(
     PARTS: tl.constexpr,
     PREFETCH: tl.constexpr,
     SKIP: tl.constexpr,
+    STREAM: tl.constexpr,
+    PDL: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
 
     p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
     result. ``SKIP`` leaves units alone whose gradient's norm is not finite, and counts them.
+
+    With ``PDL`` (programmatic dependent launch, sm_90) the launches of a step overlap, as no two
+    write to the same memory. The first waits for `begin` before it lets the next one start, so
+    that this one finds what was prepared; the others wait at their end, so that what comes after
+    the last comes after all; and the last lets nobody start early.
     """
+    if PDL:
+        if FIRST:
+            gdc_wait()
+        if not LAST:
+            gdc_launch_dependents()
     tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
     tensor = tl.load(tile_ptr)
     prepared_ptr += tensor * (OF_RULE + N_PREPARED)
     if tl.load(prepared_ptr + ACTIVE) == 0.0:
+        if PDL and not FIRST:
+            gdc_wait()
         return
     offset = tl.load(tile_ptr + 1)
     fields = tensors_ptr + tensor * TENSOR_FIELDS
@@ -110,8 +143,7 @@ def step(
             at = rows + element(column + start, inner, stride, STRIDED)
         else:
             at = rows + column
-        p = tl.load(p_ptr + at, mask=mask, other=0.0)
-        g = tl.load(g_ptr + at, mask=mask, other=0.0)
+        p, g = _load(p_ptr + at, mask, STREAM), _load(g_ptr + at, mask, STREAM)
         ps, gs, ats, masks = ps + (p,), gs + (g,), ats + (at,), masks + (mask,)
         if not SPLIT:
             p_squares += p.to(COMPUTE) * p.to(COMPUTE)
@@ -122,8 +154,7 @@ def step(
     prefetched = ()
     for k in tl.static_range(PREFETCH):
         for s in tl.static_range(N_STATES):
-            state = tl.load(state_ptrs[s] + ats[k], mask=masks[k], other=0.0)
-            prefetched = prefetched + (state,)
+            prefetched = prefetched + (_load(state_ptrs[s] + ats[k], masks[k], STREAM),)
 
     if SPLIT:
         part = tl.arange(0, PARTS)[None, :]
@@ -151,16 +182,18 @@ def step(
             if k < PREFETCH:
                 state = prefetched[k * N_STATES + s]
             else:
-                state = tl.load(state_ptrs[s] + ats[k], mask=masks[k], other=0.0)
+                state = _load(state_ptrs[s] + ats[k], masks[k], STREAM)
             states = states + (state.to(COMPUTE),)
         mask = masks[k]
         if SKIP:
             mask = mask & finite[:, None]
         result, states = RULE(ps[k].to(COMPUTE), gs[k].to(COMPUTE) * factor, states, h, FLAGS)
-        _store(out_ptrs, ats[k], (result,) + states, mask)
+        _store(out_ptrs, ats[k], (result,) + states, mask, STREAM)
     if SKIP:
         bad = finite == 0
         if SPLIT:  # the unit's first tile counts it
             bad = bad & (start == 0)
         count_ptr = skipped_ptr + tl.load(tile_ptr + 3) + tl.arange(0, ROWS)
         tl.store(count_ptr, tl.load(count_ptr, mask=bad, other=0) + 1, mask=bad)
+    if PDL and not FIRST:
+        gdc_wait()

@@ -63,14 +63,40 @@ def prefetch(shape: TileShape) -> int:
     return 0 if shape.split or shape.rows > 1 else 1
 
 
-def compile_options(num_warps: int, hip: bool) -> dict[str, Any]:
-    """What Triton is told of registers and of warps, which on AMD GPUs have 64 threads each."""
-    if hip:
-        return {"num_warps": max(1, num_warps // 2)}
-    return {"num_warps": num_warps, "maxnreg": MAX_REGISTERS}
+class Target(NamedTuple):
+    """What a GPU's kernels are compiled for.
+
+    ``hip`` for AMD, whose warps have 64 threads; ``pdl`` where launches may overlap, ``stream``
+    where loads and stores take hints for the caches.
+    """
+
+    hip: bool
+    pdl: bool
+    stream: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        """That of a device; the interpreter's has nothing."""
+        hip = torch.version.hip is not None
+        nvidia = device.type == "cuda" and not hip and not interpreted()
+        return cls(hip, nvidia and torch.cuda.get_device_capability(device) >= (9, 0), nvidia)
+
+    def options(self, num_warps: int, pdl: bool) -> dict[str, Any]:
+        """What Triton is told of warps, registers and overlapping launches."""
+        if self.hip:
+            return {"num_warps": max(1, num_warps // 2)}
+        options = {"num_warps": num_warps, "maxnreg": MAX_REGISTERS}
+        return {**options, "launch_pdl": True} if pdl else options
 
 
-def step_constexprs(shape: TileShape, kernel: Kernel, skip: bool) -> dict[str, Any]:
+def step_constexprs(
+    shape: TileShape,
+    kernel: Kernel,
+    target: Target,
+    skip: bool = False,
+    first: bool = True,
+    last: bool = True,
+) -> dict[str, Any]:
     """Compile-time arguments of `step`, in the order of its signature."""
     rule = kernel.rule
     return {
@@ -93,6 +119,10 @@ def step_constexprs(shape: TileShape, kernel: Kernel, skip: bool) -> dict[str, A
         "PARTS": triton.next_power_of_2(MAX_PARTS),
         "PREFETCH": prefetch(shape),
         "SKIP": skip,
+        "STREAM": target.stream,
+        "PDL": target.pdl,
+        "FIRST": first,
+        "LAST": last,
     }
 
 
@@ -126,12 +156,9 @@ class Launch:
         programs: int,
         bound: tuple[Any, ...],
         constexprs: dict[str, Any],
-        warps: int,
+        options: dict[str, Any],
     ) -> None:
-        self.kernel, self.grid = kernel, (programs, 1, 1)
-        self.options = {"num_warps": warps}
-        if not interpreted():
-            self.options = compile_options(warps, torch.version.hip is not None)
+        self.kernel, self.grid, self.options = kernel, (programs, 1, 1), options
         self.bound = (*bound, *constexprs.values())
         self._start: Any = None
 
@@ -192,7 +219,7 @@ class StepLauncher:
         sums: Tensor,
         skipped: Tensor | None,
     ) -> None:
-        n = len(plan.fields)
+        n, target = len(plan.fields), Target.of(device)
         fields = torch.from_numpy(plan.fields).to(device)
         row = abi.OF_RULE + kernel.rule.prepared
         prepared = torch.empty(n * row, dtype=torch.float64, device=device)
@@ -205,7 +232,7 @@ class StepLauncher:
             preparing + len(plan.parts),
             (fields, prepared, torch.from_numpy(plan.parts).to(device), sums, n, preparing),
             begin_constexprs(plan, kernel),
-            BEGIN_WARPS,
+            target.options(BEGIN_WARPS, pdl=False),
         )
         counts = fields if skipped is None else skipped  # an int64 pointer that is not read
         self.steps = [
@@ -213,8 +240,15 @@ class StepLauncher:
                 step,
                 len(bucket.tiles),
                 (torch.from_numpy(bucket.tiles).to(device), fields, prepared, sums, counts, n),
-                step_constexprs(bucket.shape, kernel, skipped is not None),
-                bucket.shape.num_warps,
+                step_constexprs(
+                    bucket.shape,
+                    kernel,
+                    target,
+                    skipped is not None,
+                    first=bucket is plan.buckets[0],
+                    last=bucket is plan.buckets[-1],
+                ),
+                target.options(bucket.shape.num_warps, target.pdl),
             )
             for bucket in plan.buckets
         ]

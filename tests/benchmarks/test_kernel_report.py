@@ -40,12 +40,22 @@ SASS = """
         /*0080*/              @!P0 STG.E.128 [R2.64], R4 ;
         /*0090*/                   STG.E.U16 [R2.64], R14 ;
         /*00a0*/                   STL.64 [R1], R4 ;
+        /*00b0*/                   ACQBULK ;
+        /*00c0*/                   LDG.E.EF.128 R4, [R2.64] ;
+        /*00d0*/                   STG.E.EF.128 [R2.64], R4 ;
+        /*00e0*/                   PREEXIT ;
 """
 
 
 def test_machine_code_is_counted_by_width() -> None:
     assert read_machine_code(USAGE, SASS) == MachineCode(
-        64, 16, Counter({128: 2, 64: 1, 32: 1, 16: 1, 8: 1}), Counter({128: 1, 16: 1})
+        registers=64,
+        spill_bytes=16,
+        loads=Counter({128: 3, 64: 1, 32: 1, 16: 1, 8: 1}),
+        stores=Counter({128: 2, 16: 1}),
+        evict_first=2,
+        waits=1,
+        triggers=1,
     )
 
 
@@ -82,12 +92,14 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Every kernel has 40 registers and reads and writes p, g and states once in full width."""
     asked: list[tuple[Any, ...]] = []
 
-    def code(shape: Any, kernel: Kernel, arch: str) -> MachineCode:
+    def code(shape: Any, kernel: Kernel, arch: str, first: bool, last: bool) -> MachineCode:
         asked.append((shape, kernel, arch))
         width, states = 8 * kernel.param.itemsize * shape.vector, kernel.states
         times = shape.rows * shape.columns * shape.chunks // (32 * shape.num_warps * shape.vector)
         loads = Counter({width: (2 + states) * times, 7: 1})
-        return MachineCode(40, 8, loads, Counter({width: (1 + states) * times}))
+        stores = Counter({width: (1 + states) * times})
+        waits, triggers = (2 - first, 1 - last) if arch == "90" else (0, 0)
+        return MachineCode(40, 8, loads, stores, (3 + 2 * states) * times, waits, triggers)
 
     monkeypatch.setattr(kernel_report, "step_code", code)
     monkeypatch.setattr(kernel_report, "compile_begin", lambda *_: None)
@@ -116,6 +128,9 @@ def test_a_row_per_bucket_of_every_model(
     assert (table["loads_per_element"] == 2 + kernel.states).all()
     assert (table["stores_per_element"] == 1 + kernel.states).all()
     assert table["load_bits"].str.endswith(" 1x7").all()
+    assert (table["evict_first"] == 1).all()
+    assert (table[table["arch"] == "sm_90"]["dependent_launch"] == "yes").all()
+    assert (table[table["arch"] == "sm_80"]["dependent_launch"] == "no").all()
     assert set(table["occupancy"]) <= {n / 64 for n in range(32, 65)}
     assert {asked[1] for asked in nothing_compiled} == {kernel}
 
@@ -150,6 +165,8 @@ for optimizer, length, dtype, arch in (
     units = TensorUnits(UnitLayout(1, 1, 2, length), True, 0)
     shape = ideal_shape(units, dtype.itemsize, kernel.states)
     code = step_code(shape, kernel, arch)
+    assert code.evict_first == code.loads[128] + code.stores[128]
+    assert code.waits == (arch == "90") and not code.triggers
     warps = resident_warps(code.registers, shape.num_warps)
     print(optimizer, code.spill_bytes, warps, code.loads[128], code.stores[128])
 """
@@ -196,3 +213,25 @@ def test_programs_on_amd_gpus_have_as_many_threads() -> None:
     assert len(lines) == 3
     for warps, threads in lines:
         assert int(threads) == 32 * int(warps) <= 1024
+
+
+COMPILE_IN_ORDER = """
+import torch
+from agc_triton.triton_path.buckets import TileShape
+from benchmarks.compiled import step_code
+from benchmarks.kernel_report import kernel_of
+kernel, shape = kernel_of("SGD", torch.float32), TileShape(1, 128, 2, 1, 4, False, False)
+for arch in ("80", "90"):
+    for first, last in ((True, False), (False, False), (False, True), (True, True)):
+        code = step_code(shape, kernel, arch, first, last)
+        print(arch, code.waits, code.triggers)
+"""
+
+
+def test_launches_overlap_where_they_can() -> None:
+    # The first waits at its beginning, the others at both of their ends; the last starts nobody.
+    waits_and_triggers = [("1", "1"), ("2", "1"), ("2", "0"), ("1", "0")]
+    assert run_compiler(COMPILE_IN_ORDER) == [
+        *(["80", "0", "0"] for _ in waits_and_triggers),
+        *(["90", *pair] for pair in waits_and_triggers),
+    ]

@@ -235,7 +235,22 @@ def test_the_smallest_shape_that_holds_a_unit(itemsize: int, states: int) -> Non
         assert shape.chunks <= table[itemsize]
         assert shape.capacity >= before
         before = shape.capacity
-    assert length == 512 * buckets.MAX_WARPS * table[itemsize] // itemsize + 1
+    most = 2 if (itemsize, states) == (2, 2) else table[itemsize]  # with all warps
+    assert length == 512 * buckets.MAX_WARPS * most // itemsize + 1
+
+
+# Two states in 16 bits: a third chunk where two of twice the warps would be emptier by a third.
+BF16 = {576: (1, 3), 768: (2, 2), 1152: (2, 3), 1536: (4, 2), 2304: (4, 3), 4608: (8, 3)}
+
+
+@pytest.mark.parametrize(("length", "expected"), BF16.items())
+def test_a_third_chunk_in_16_bits(length: int, expected: tuple[int, int]) -> None:
+    warps, chunks = expected
+    assert ideal_shape(rows(length), 2, 2) == TileShape(
+        1, 256 * warps, chunks, warps, 8, False, False
+    )
+    one_state = ideal_shape(rows(length), 2, 1)
+    assert (one_state.num_warps, one_state.chunks) == (warps if chunks == 3 else warps // 2, 3)
 
 
 def test_alignment_and_strides_decide_the_width_of_accesses() -> None:
