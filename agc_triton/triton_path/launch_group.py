@@ -134,7 +134,7 @@ class LaunchGroup:
         self._rows: dict[int, tuple[list[float], list[int]] | None] = {}
         # Hyperparameters on other devices than this one, by group and position.
         self._brought: dict[tuple[int, int], Tensor] = {}
-        self._changed = True
+        self._changed, self._streams = True, set[torch.cuda.Stream]()
         self._write_groups(groups, self._options)
         self.launcher.load(self.tables)
 
@@ -161,6 +161,8 @@ class LaunchGroup:
             kept = self.launcher, self.tables, self._scalars, dict(self._brought)
             self._captured.append(kept)
             self._frozen = True
+        elif self.device.type == "cuda":
+            self._record_stream(torch.cuda.current_stream(self.device))
         if self._changed:
             self.tables.upload(capturing)
             self._changed = False
@@ -178,9 +180,16 @@ class LaunchGroup:
         """Which members have a gradient: those with 0 have none."""
         return self._grad_addresses
 
+    def _record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Once this plan is dropped its memory is not used again before the stream has read it."""
+        if stream not in self._streams:
+            for tensor in (*self.launcher.tensors, self._sums, self.tables.on_device):
+                tensor.record_stream(stream)
+            self._streams.add(stream)
+
     def _thaw(self) -> None:
         """Leave the tables to the graph that captured them, and go on with others."""
-        self.tables = self.tables.twin()
+        self.tables, self._streams = self.tables.twin(), set()
         self._frozen, self._changed = False, True
 
     def _write_grads(self, params: Sequence[Tensor]) -> bool:

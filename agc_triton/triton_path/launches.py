@@ -220,7 +220,10 @@ class StepLauncher:
         skipped: Tensor | None,
     ) -> None:
         n, target = len(plan.fields), Target.of(device)
-        fields = torch.from_numpy(plan.fields).to(device)
+        fields, parts, *tiles = (
+            torch.from_numpy(table).to(device)
+            for table in (plan.fields, plan.parts, *(bucket.tiles for bucket in plan.buckets))
+        )
         row = abi.OF_RULE + kernel.rule.prepared
         prepared = torch.empty(n * row, dtype=torch.float64, device=device)
         # Stand for a grad_scale or found_inf that is not given: one `begin` serves all steps.
@@ -230,16 +233,17 @@ class StepLauncher:
         self.opening = Launch(
             begin,
             preparing + len(plan.parts),
-            (fields, prepared, torch.from_numpy(plan.parts).to(device), sums, n, preparing),
+            (fields, prepared, parts, sums, n, preparing),
             begin_constexprs(plan, kernel),
             target.options(BEGIN_WARPS, pdl=False),
         )
+        self.tensors = [fields, parts, *tiles, prepared, self._no_scale, self._no_inf]
         counts = fields if skipped is None else skipped  # an int64 pointer that is not read
         self.steps = [
             Launch(
                 step,
                 len(bucket.tiles),
-                (torch.from_numpy(bucket.tiles).to(device), fields, prepared, sums, counts, n),
+                (own, fields, prepared, sums, counts, n),
                 step_constexprs(
                     bucket.shape,
                     kernel,
@@ -250,7 +254,7 @@ class StepLauncher:
                 ),
                 target.options(bucket.shape.num_warps, target.pdl),
             )
-            for bucket in plan.buckets
+            for bucket, own in zip(plan.buckets, tiles, strict=True)
         ]
 
     def load(self, tables: Tables) -> None:

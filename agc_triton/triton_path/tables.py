@@ -28,10 +28,10 @@ class Tables:
         self.host_addresses = self._host[:addresses].reshape(roles, -1)
         self.host_values = self._host[addresses:values].view(np.float64).reshape(groups, -1)
         self.host_pointers = self._host[values:].reshape(groups, -1)
-        self._on_device = torch.empty(size, dtype=torch.int64, device=self.device)
-        self.addresses = self._on_device[:addresses]
-        self.values = self._on_device[addresses:values].view(torch.float64)
-        self.pointers = self._on_device[values:]
+        self.on_device = torch.empty(size, dtype=torch.int64, device=self.device)
+        self.addresses = self.on_device[:addresses]
+        self.values = self.on_device[addresses:values].view(torch.float64)
+        self.pointers = self.on_device[values:]
         # Memory for captured graphs to copy from, which twins share.
         self._for_captures: list[Tensor] = []
 
@@ -65,9 +65,9 @@ class Tables:
             self._for_captures = self._for_captures or list(self._staging(CAPTURES))
             staging = self._staging(1)[0]
         staging.numpy()[:] = self._host
-        self._on_device.copy_(staging, non_blocking=True)
+        self.on_device.copy_(staging, non_blocking=True)
 
     def _write_by_value(self) -> None:
         """Write every value as an argument of a launch, some hundred each, without host memory."""
-        self._on_device.zero_()
-        torch._foreach_add_(list(self._on_device.unbind()), self._host.tolist())
+        self.on_device.zero_()
+        torch._foreach_add_(list(self.on_device.unbind()), self._host.tolist())

@@ -391,3 +391,27 @@ def test_clipping_and_a_learning_rate_on_another_gpu() -> None:
         oracle.step([grad])
         optimizer.step()
         oracle.check([param], states_of(optimizer, [param]))
+
+
+def test_a_dropped_plan_is_read_to_the_end_on_another_stream() -> None:
+    params = make_params()
+    options = {**STATEFUL["AdamW"], "clipping": CLIPPING}
+    optimizer = AdamW_AGC(params, **options)
+    oracle = KernelOracle("AdamW", params, **options)
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
+    for seed in range(6):
+        grads = make_grads(seed)
+        set_grads(params, grads)
+        oracle.step(grads)
+        if seed % 2 == 0:  # makes the plan here
+            optimizer.step()
+            continue
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]  # torch's
+            optimizer.step()
+        optimizer._paths.release()
+        filler = [torch.full((n,), -1, device="cuda") for n in (16, 64, 256, 1024) * 16]
+        torch.cuda.current_stream().wait_stream(stream)
+        del filler
+    oracle.check(params, states_of(optimizer, params))
