@@ -13,9 +13,9 @@ import pytest
 
 from agc_triton.triton_path import launches
 from benchmarks import kernel_report
-from benchmarks.compiled import MachineCode, read_machine_code, resident_warps
 from benchmarks.kernel_report import BANDWIDTH, DTYPES, OPTIMIZERS, Kernel, kernel_of, plan_model
-from benchmarks.shapes import TABLES
+from benchmarks.lib.compiled import MachineCode, read_machine_code, resident_warps
+from benchmarks.lib.workloads import TABLES
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted(path.stem for path in TABLES.glob("*.csv"))
@@ -135,7 +135,7 @@ COMPILE = """
 import sys, torch
 from agc_triton.triton_path.buckets import TensorUnits, ideal_shape
 from agc_triton.units import UnitLayout
-from benchmarks.compiled import resident_warps, step_code
+from benchmarks.lib.compiled import resident_warps, step_code
 from benchmarks.kernel_report import kernel_of
 for optimizer, length, dtype, arch in (
     ("AdamW-amsgrad", 6144, torch.float32, "90"),
@@ -156,7 +156,7 @@ COMPILE_AMD = """
 import re, torch
 from agc_triton.triton_path.buckets import TensorUnits, ideal_shape
 from agc_triton.units import UnitLayout
-from benchmarks.compiled import compile_step
+from benchmarks.lib.compiled import compile_step
 for length in (5_000, 14_336, 300_000):
     shape = ideal_shape(TensorUnits(UnitLayout(1, 2, length), True, 0), 4, 2)
     code = compile_step(shape, "adam", 0, 2, torch.float32, "gfx942").asm["amdgcn"]
