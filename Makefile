@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 # Trains a small normalizer-free network with and without AGC, then measures a step on NFNet-F0.
 demo: $(INSTALLED)
 	$(PYTHON) -m benchmarks.digits
-	$(PYTHON) -m benchmarks.torch_path --quick
+	$(PYTHON) -m benchmarks.throughput --quick
 
 # Step time and bandwidth beside other implementations.
 bench: $(INSTALLED)

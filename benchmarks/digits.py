@@ -10,7 +10,6 @@ given for: the result is about stability, not about generalization.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -32,9 +31,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from agc_triton import SGD_AGC, param_groups
-from benchmarks.arguments import check_folder, positive
-from benchmarks.nfnet import NFNet
-from benchmarks.runner import cpu_name
+from benchmarks.lib.arguments import check_folder, parser_of, positive
+from benchmarks.lib.machine import cpu_name
+from benchmarks.lib.nfnet import NFNet
 
 BATCH = 512
 CLASSES = 10
@@ -242,11 +241,7 @@ def _draw(ax: Axes, runs: pd.DataFrame, column: str, name: str, color: str) -> N
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train everything, write the CSV and the picture, print the summary."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.digits",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("digits", __doc__)
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--epochs", type=positive, default=30)
     parser.add_argument("--out", type=Path, default=Path("out", "digits"), help="folder")

@@ -15,7 +15,6 @@ write to memory it no longer owns has to do: how much cheaper than torch any pla
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import time
@@ -41,9 +40,11 @@ from tqdm import tqdm
 
 from agc_triton import AdamW_AGC
 from agc_triton.triton_path.launches import Launch
-from benchmarks import growth, plots
-from benchmarks.arguments import check_file, positive
-from benchmarks.runner import cpu_name, quantiles, timestamp, triton_version, write
+from benchmarks.lib import growth, plots
+from benchmarks.lib.arguments import check_file, parser_of, positive
+from benchmarks.lib.machine import cpu_name, timestamp
+from benchmarks.lib.rows import quantiles, write
+from benchmarks.lib.versions import triton_version
 
 OURS, THEIRS, FLOOR = "AdamW_AGC triton", "torch AdamW fused", "reading addresses only"
 KINDS = ("steady", "changing")
@@ -204,11 +205,7 @@ def cases(quick: bool) -> list[tuple[int, int]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure over numbers of tensors and of groups; print and write every row."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.host_cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("host_cost", __doc__)
     parser.add_argument("--calls", type=positive, default=200, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="three small cases")
     parser.add_argument("--plot", action="store_true")

@@ -10,7 +10,6 @@ copy reaches nine tenths of.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections import Counter
 from collections.abc import Sequence
@@ -28,16 +27,16 @@ from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, routing
 from agc_triton.triton_path.buckets import BucketPlan, TensorUnits, plan_buckets
 from agc_triton.triton_path.launches import Kernel
 from agc_triton.units import memory_order, unit_layout
-from benchmarks.arguments import check_file
-from benchmarks.compiled import (
+from benchmarks.lib.arguments import check_file, parser_of
+from benchmarks.lib.compiled import (
     MAX_WARPS_PER_SM,
     compile_begin,
     compile_step,
     resident_warps,
     step_code,
 )
-from benchmarks.runner import write
-from benchmarks.shapes import TABLES, load_shapes
+from benchmarks.lib.rows import write
+from benchmarks.lib.workloads import TABLES, load_shapes
 
 # Classes and options; AdamW's kernels are Adam's, found in the cache.
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -178,11 +177,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the summary and write every row."""
     models = sorted(path.stem for path in TABLES.glob("*.csv"))
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernel_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("kernel_report", __doc__)
     parser.add_argument("--models", nargs="+", default=models, choices=models)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES)

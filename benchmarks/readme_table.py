@@ -28,7 +28,7 @@ def with_tables(text: str) -> str:
     """The text with what is between the markers replaced by the tables of each CSV."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    csvs = map(pd.read_csv, sorted(RESULTS.glob("throughput-*.csv")))
+    csvs = map(pd.read_csv, sorted(RESULTS.glob("*/throughput.csv")))
     found = [markdown(rows) for csv in csvs for rows in tables(csv)]
     return "\n\n".join([before + BEGIN, *found, END + after])
 

@@ -23,13 +23,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import growth, plots
-from benchmarks.arguments import check_file, device
-from benchmarks.memory import bytes_needed, why_not
-from benchmarks.providers import LR, OPTIMIZERS, Provider, copy_provider, providers
-from benchmarks.runner import COLUMNS, Rounds, device_name, summarize, time_steps, write
-from benchmarks.shapes import on_device, workload_of
-from benchmarks.timing import Step
+from benchmarks.lib import growth, plots
+from benchmarks.lib.arguments import check_file, device, parser_of
+from benchmarks.lib.copying import copy_provider
+from benchmarks.lib.machine import device_name
+from benchmarks.lib.measure import Rounds, time_steps
+from benchmarks.lib.memory_limits import bytes_needed, why_not
+from benchmarks.lib.optimizers import LR, OPTIMIZERS
+from benchmarks.lib.providers import Provider, providers
+from benchmarks.lib.rows import COLUMNS, summarize, write
+from benchmarks.lib.timing import Step
+from benchmarks.lib.workloads import on_device, workload_of
 
 THREADS = 2
 DTYPE = torch.float32
@@ -181,11 +185,7 @@ def verdict(line: pd.DataFrame) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every case; print the table and what follows from it, write the CSV."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("scaling", __doc__)
     parser.add_argument("--device", type=device, choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--max-elements", type=elements, default=1e9, help="default: %(default)g")

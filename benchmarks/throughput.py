@@ -18,12 +18,17 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from benchmarks import plots, shapes
-from benchmarks.arguments import check_file, device, positive
-from benchmarks.memory import bytes_needed, why_not
-from benchmarks.providers import OPTIMIZERS, Provider, copy_provider, providers
-from benchmarks.runner import COLUMNS, Rounds, device_name, measure, triton_version, write
-from benchmarks.shapes import Workload, load_shapes, on_device, random_workload
+from benchmarks.lib import plots
+from benchmarks.lib.arguments import check_file, device, parser_of, positive
+from benchmarks.lib.copying import copy_provider
+from benchmarks.lib.machine import device_name
+from benchmarks.lib.measure import Rounds, measure
+from benchmarks.lib.memory_limits import bytes_needed, why_not
+from benchmarks.lib.optimizers import OPTIMIZERS
+from benchmarks.lib.providers import Provider, providers
+from benchmarks.lib.rows import COLUMNS, write
+from benchmarks.lib.versions import triton_version
+from benchmarks.lib.workloads import Workload, load_shapes, model_names, on_device, random_workload
 
 MODEL = "dm_nfnet_f0"
 THREADS = 2
@@ -44,12 +49,8 @@ class Group(NamedTuple):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with defaults that depend on the device filled in."""
-    models = sorted(path.stem for path in shapes.TABLES.glob("*.csv"))
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    models = model_names()
+    parser = parser_of("throughput", __doc__)
     parser.add_argument("--models", nargs="+", choices=models, help=f"default: {MODEL} on a CPU")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
@@ -116,10 +117,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resume:
         print(f"groups kept as they were in {args.out}: {kept}")
     print(table[SHOWN].to_string(index=False, float_format="{:.3f}".format))
+    for _, rows in table.groupby(["device", "threads", *Group._fields], sort=False):
+        print(verdict(rows))
     print(f"on {device_name(on)}; every row is in {args.out}")
     if args.plot:
         for path in plots.step_times(table, args.out):
             print(f"drawn in {path}")
+
+
+def verdict(rows: pd.DataFrame) -> str:
+    """The fastest of ours beside the fastest peer and the unclipped step, in words."""
+    roles = (rows[rows["role"] == role].nsmallest(1, "median_ms") for role in ("ours", "peer"))
+    ours, peer = (fastest.iloc[0] for fastest in roles)
+    return (
+        f"{ours['model']} {ours['optimizer']} {ours['dtype']}: {ours['implementation']} takes"
+        f" {ours['median_ms']:.3g} ms a step, {ours['ratio_to_best_peer']:.2f} times as fast as"
+        f" {peer['implementation']} ({peer['median_ms']:.3g} ms),"
+        f" {ours['ratio_to_unclipped']:.2f} times the unclipped step;"
+        f" peak extra memory {ours['peak_extra_share']:.1%} of the parameters"
+    )
 
 
 def groups(args: argparse.Namespace) -> Iterator[Group]:

@@ -14,7 +14,7 @@ from agc_triton.torch_path.scratch import Scratch
 from agc_triton.torch_path.slices import DenseView, Slice, Target, Tensors, target_of
 
 # Elements per block: p, g, two states and the scratch of one block stay in a last-level cache and
-# the few torch calls per block cost little beside it (benchmarks/torch_path.py --sweep).
+# the few torch calls per block cost little beside it (benchmarks/tune_blocks.py).
 BLOCK = 5 << 18
 
 # Tensors up to this many elements are packed in a block: for larger ones copies cost more than the

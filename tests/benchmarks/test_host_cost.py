@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import host_cost, plots
+from benchmarks import host_cost
 from benchmarks.host_cost import BLOCKS, COLUMNS, FLOOR, KINDS, OURS, THEIRS, TURN
+from benchmarks.lib import plots
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,9 +15,9 @@ import torch
 from agc_triton import routing
 from agc_triton.triton_path.launches import Kernel
 from benchmarks import kernel_report
-from benchmarks.compiled import MachineCode, read_machine_code, resident_warps
 from benchmarks.kernel_report import BANDWIDTH, DTYPES, OPTIMIZERS, kernel_of, plan_model
-from benchmarks.shapes import TABLES
+from benchmarks.lib.compiled import MachineCode, read_machine_code, resident_warps
+from benchmarks.lib.workloads import TABLES
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted(path.stem for path in TABLES.glob("*.csv"))
@@ -153,7 +153,7 @@ COMPILE = """
 import sys, torch
 from agc_triton.triton_path.buckets import TensorUnits, ideal_shape
 from agc_triton.units import UnitLayout
-from benchmarks.compiled import resident_warps, step_code
+from benchmarks.lib.compiled import resident_warps, step_code
 from benchmarks.kernel_report import kernel_of
 for optimizer, length, dtype, arch in (
     ("AdamW-amsgrad", 6144, torch.float32, "90"),
@@ -176,8 +176,8 @@ COMPILE_AMD = """
 import re, torch
 from agc_triton.triton_path.buckets import TensorUnits, ideal_shape
 from agc_triton.units import UnitLayout
-from benchmarks.compiled import compile_step
 from benchmarks.kernel_report import kernel_of
+from benchmarks.lib.compiled import compile_step
 for length in (5_000, 14_336, 300_000):
     shape = ideal_shape(TensorUnits(UnitLayout(1, 1, 2, length), True, 0), 4, 2)
     code = compile_step(shape, kernel_of("AdamW", torch.float32), "gfx942").asm["amdgcn"]
@@ -218,7 +218,7 @@ def test_programs_on_amd_gpus_have_as_many_threads() -> None:
 COMPILE_IN_ORDER = """
 import torch
 from agc_triton.triton_path.buckets import TileShape
-from benchmarks.compiled import step_code
+from benchmarks.lib.compiled import step_code
 from benchmarks.kernel_report import kernel_of
 kernel, shape = kernel_of("SGD", torch.float32), TileShape(1, 128, 2, 1, 4, False, False)
 for arch in ("80", "90"):

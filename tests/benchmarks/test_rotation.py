@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import rotation, runner, timing
-from benchmarks.providers import Provider, providers
-from benchmarks.rotation import CACHES, MAX_SETS, Rotation, cache_bytes, sets_needed
-from benchmarks.runner import Rounds, measure, set_bytes
-from benchmarks.shapes import Workload, workload_of
-from tests.support.helpers import SHAPES
+from benchmarks.lib import rotation
+from benchmarks.lib.measure import Rounds, measure, set_bytes
+from benchmarks.lib.providers import Provider, providers
+from benchmarks.lib.rotation import CACHES, MAX_SETS, Rotation, cache_bytes, sets_needed
+from benchmarks.lib.workloads import Workload, workload_of
+from tests.benchmarks.tiny import SHAPES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 L2 = 50 << 20
@@ -130,8 +129,8 @@ def test_every_set_is_warm_before_a_step_is_timed(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorders = [Recorder("a"), Recorder("b")]
-    monkeypatch.setattr(runner, "cache_bytes", lambda _: L2)
-    monkeypatch.setattr(runner, "sets_needed", lambda size, cache: 3)
+    monkeypatch.setattr("benchmarks.lib.measure.cache_bytes", lambda _: L2)
+    monkeypatch.setattr("benchmarks.lib.measure.sets_needed", lambda size, cache: 3)
     rows = measure("sgd", [r.provider for r in recorders], workload, Rounds(2, 4))
     assert set(rows["sets"]) == {3}
     for recorder in recorders:
@@ -140,28 +139,3 @@ def test_every_set_is_warm_before_a_step_is_timed(
         # Memory is looked at in the first step and in another.
         assert len(recorder.found) == 1 + 2 * 3 + 4 + 1
         assert_grads_are_fresh(recorder, workload)
-
-
-def test_a_gpu_is_busy_before_a_step_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            calls.append("record")
-
-        def synchronize(self) -> None:
-            calls.append("end")
-
-        def elapsed_time(self, other: Any) -> float:
-            return 0.0 if other is self else 1.5
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: calls.append("idle"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: calls.append("wait"))
-    time_one = timing.timer(CUDA)
-    times = time_one(lambda: calls.append("prepare"), lambda: calls.append("step"))
-    assert calls == ["idle", "prepare", "wait", "record", "step", "record", "end"]
-    assert times.ms == 1.5

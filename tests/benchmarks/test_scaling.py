@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import memory, scaling
-from benchmarks.rotation import Rotation
-from benchmarks.runner import COLUMNS, Rounds, summarize
-from benchmarks.shapes import workload_of
+from benchmarks import scaling
+from benchmarks.lib import memory_limits
+from benchmarks.lib.measure import Rounds
+from benchmarks.lib.rotation import Rotation
+from benchmarks.lib.rows import COLUMNS, summarize
+from benchmarks.lib.workloads import workload_of
 
 
 def test_cases_change_one_number_each_and_fit() -> None:
@@ -128,7 +130,7 @@ def test_cases_that_memory_has_no_room_for_are_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = scaling.Case(10**9, 10, 1000)
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 20 << 30)
+    monkeypatch.setattr(memory_limits, "free_bytes", lambda _: 20 << 30)
     assert not scaling.fits(case, "adamw", torch.device("cpu"))
     assert "1,000,000,000 elements in 10 tensors: left out, it needs" in capsys.readouterr().out
     assert scaling.fits(case._replace(elements=10**8), "adamw", torch.device("cpu"))
@@ -137,7 +139,7 @@ def test_cases_that_memory_has_no_room_for_are_left_out(
 def test_every_case_up_to_a_billion_elements_is_looked_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(memory_limits, "free_bytes", lambda _: 0)
     monkeypatch.setattr(scaling, "THREADS", 1)
     with pytest.raises(SystemExit):
         scaling.main(["--out", str(tmp_path / "rows.csv")])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,9 +94,3 @@ def nothing_changes(params: Sequence[Tensor], optimizer: Optimizer | None = None
     after, grads_after = snapshot()
     assert same(before, after)
     assert grads == grads_after
-
-
-def write_shapes(path: Path, shapes: Iterable[tuple[int, ...]]) -> None:
-    """A table of a model's shapes, as benchmarks/shapes has them."""
-    rows = [f"p{i},{'x'.join(map(str, shape)) or 'scalar'}" for i, shape in enumerate(shapes)]
-    path.write_text("\n".join(["name,shape", *rows]))

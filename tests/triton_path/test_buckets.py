@@ -24,7 +24,7 @@ from agc_triton.triton_path.buckets import (
     plan_buckets,
 )
 from agc_triton.units import UnitLayout, unit_layout
-from benchmarks.shapes import TABLES, load_shapes
+from benchmarks.lib.workloads import TABLES, load_shapes
 
 Indices = npt.NDArray[np.int64]
 FIRST_UNIT = 7  # of another launch group's are before

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.providers import Provider
-from benchmarks.shapes import Workload
-from benchmarks.timing import Step
+from benchmarks.lib.providers import Provider
+from benchmarks.lib.timing import Step
+from benchmarks.lib.workloads import Workload
 
 # All sets together exceed the L2 cache this many times.
 CACHES = 4

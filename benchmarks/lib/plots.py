@@ -23,8 +23,12 @@ LINES = {"unclipped": "-", "copy": ":"}
 
 
 def step_times(table: pd.DataFrame, csv: Path) -> list[Path]:
-    """Bars of step time per implementation: a file beside the CSV per machine, model and dtype."""
+    """Bars of step time per implementation: a file beside the CSV per model and dtype.
+
+    Where the CSV is of several machines, their names are in those of the files.
+    """
     paths = []
+    several = len(table[["device", "threads"]].drop_duplicates()) > 1
     for (device, threads, model, dtype), rows in table.groupby(
         ["device", "threads", "model", "dtype"], sort=False
     ):
@@ -38,7 +42,8 @@ def step_times(table: pd.DataFrame, csv: Path) -> list[Path]:
         axes[-1].set_xlim(0, 1.12 * rows["p80_ms"].max())
         axes[-1].set_xlabel("ms per step: median, with the 20th to 80th percentile")
         figure.suptitle(f"{model}, {dtype}, on {device}, {threads} threads", fontsize=11)
-        path = csv.with_name(f"{csv.stem}-{_slug(str(device))}-{threads}-{model}-{dtype}.png")
+        machine = f"{_slug(str(device))}-{threads}-" if several else ""
+        path = csv.with_name(f"{csv.stem}-{machine}{model}-{dtype}.png")
         figure.savefig(path, dpi=120)
         paths.append(path)
     return paths

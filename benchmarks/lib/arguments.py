@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
+
+
+def parser_of(command: str, description: str | None) -> ArgumentParser:
+    """A parser for ``python -m benchmarks.COMMAND``, which is described by its docstring."""
+    return ArgumentParser(
+        prog=f"python -m benchmarks.{command}",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
 
 
 def positive(text: str) -> int:

@@ -1,15 +1,9 @@
-"""Measures providers beside each other and turns what it finds into rows."""
+"""Measures providers beside each other."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 import random
-import re
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -17,22 +11,15 @@ import torch
 from tqdm import tqdm
 
 from agc_triton import unitwise_norm
-from benchmarks.counters import count_launches, left_bytes, peak_extra_bytes
-from benchmarks.providers import OPTIMIZERS, Provider, minimal_bytes, state_bytes
-from benchmarks.rotation import Rotation, cache_bytes, sets_needed
-from benchmarks.shapes import Workload, share_of_units_clipped
-from benchmarks.timing import Times, timer
-
-COLUMNS = [
-    *("model", "parameters", "tensors", "units", "optimizer", "options"),
-    *("implementation", "version", "role"),
-    *("device", "threads", "dtype", "rounds", "sets", "median_ms", "p20_ms", "p80_ms", "host_ms"),
-    *("bytes_moved", "gb_per_s", "share_of_copy_bandwidth"),
-    *("ratio_to_unclipped", "ratio_to_best_peer", "launches"),
-    *("peak_extra_bytes", "peak_extra_share", "kept_extra_bytes", "share_of_units_clipped"),
-    *("torch", "triton", "timestamp"),
-]
-
+from benchmarks.lib.counters import count_launches, left_bytes, peak_extra_bytes
+from benchmarks.lib.machine import device_name, timestamp
+from benchmarks.lib.optimizers import OPTIMIZERS, minimal_bytes, state_bytes
+from benchmarks.lib.providers import Provider
+from benchmarks.lib.rotation import Rotation, cache_bytes, sets_needed
+from benchmarks.lib.rows import summarize
+from benchmarks.lib.timing import Times, timer
+from benchmarks.lib.versions import triton_version
+from benchmarks.lib.workloads import Workload, share_of_units_clipped
 
 # Just under what glibc's threshold for blocks of their own grows to.
 LARGEST_KEPT = 31 << 20
@@ -89,18 +76,6 @@ def time_steps(
         }
         rows += [{**of_provider, **one._asdict()} for one in of_step]
     return pd.DataFrame(rows)
-
-
-def summarize(steps: pd.DataFrame) -> pd.DataFrame:
-    """One row per implementation from one per step, with ``COLUMNS``."""
-    by_name = steps.groupby("implementation", sort=False)
-    rows = steps.drop_duplicates("implementation", keep="last").set_index("implementation")
-    rows = rows.assign(
-        **quantiles(by_name["ms"], "ms"),
-        host_ms=by_name["host_ms"].median(),
-        rounds=by_name.size(),
-    )
-    return _with_ratios(rows.reset_index())
 
 
 def settle_allocator() -> None:
@@ -164,52 +139,3 @@ def _common_columns(optimizer: str, workload: Workload) -> dict[str, Any]:
         "triton": triton_version(),
         "timestamp": timestamp(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or `cpu_name`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def timestamp() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def triton_version() -> str:
-    """The installed Triton's version, without importing it; empty where there is none."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def cpu_name() -> str:
-    """What Linux calls the processor; elsewhere what Python knows."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def quantiles(values: Any, unit: str) -> dict[str, Any]:
-    """Columns for the median, 20th and 80th percentile of a series, or of each group of one."""
-    shares = {"median": 0.5, "p20": 0.2, "p80": 0.8}
-    return {f"{name}_{unit}": values.quantile(share) for name, share in shares.items()}
-
-
-def write(table: pd.DataFrame, path: Path) -> None:
-    """Write a CSV that is whole at any moment."""
-    unfinished = path.with_suffix(".unfinished")
-    table.to_csv(unfinished, index=False)
-    os.replace(unfinished, path)
-
-
-def _with_ratios(rows: pd.DataFrame) -> pd.DataFrame:
-    """Bandwidth, and step times beside those of other roles; the fastest of each role counts."""
-    best, nan = rows.groupby("role")["median_ms"].min(), float("nan")
-    rows["gb_per_s"] = rows["bytes_moved"] / rows["median_ms"] / 1e6
-    rows["share_of_copy_bandwidth"] = best.get("copy", nan) / rows["median_ms"]
-    rows["ratio_to_unclipped"] = rows["median_ms"] / best.get("unclipped", nan)
-    rows["ratio_to_best_peer"] = best.get("peer", nan) / rows["median_ms"]
-    rows = rows.astype({"launches": "Int64", "kept_extra_bytes": "Int64"})
-    return rows[COLUMNS]

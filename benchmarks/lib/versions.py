@@ -1,8 +1,9 @@
-"""Which version of our own package is measured."""
+"""Which versions are measured."""
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import subprocess
 from pathlib import Path
 
@@ -31,3 +32,11 @@ def version_in(package: Path) -> str:
     except (OSError, subprocess.CalledProcessError):
         return version
     return f"{version}+g{commit}{'.dirty' if changed else ''}"
+
+
+def triton_version() -> str:
+    """The installed Triton's version, without importing it; empty where there is none."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""

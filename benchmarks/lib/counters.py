@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 from torch.profiler import DeviceType, ProfilerActivity
 
-from benchmarks.timing import Step
+from benchmarks.lib.timing import Step
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from agc_triton import unitwise_norm
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING
 
-TABLES = Path(__file__).parent / "shapes"
+TABLES = Path(__file__).parents[1] / "shapes"
 
 
 class Workload(NamedTuple):
@@ -23,6 +23,11 @@ class Workload(NamedTuple):
     model: str
     params: list[Tensor]
     grads: list[Tensor]
+
+
+def model_names() -> list[str]:
+    """The models whose shapes are in ``benchmarks/shapes``."""
+    return sorted(path.stem for path in TABLES.glob("*.csv"))
 
 
 def load_shapes(model: str) -> list[tuple[int, ...]]:

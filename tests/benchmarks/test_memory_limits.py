@@ -1,25 +1,25 @@
-"""What does not fit in memory is seen before it is allocated, and what steps take is counted."""
+"""What does not fit in memory is seen before it is allocated."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks import memory
-from benchmarks.counters import left_bytes, peak_extra_bytes
-from benchmarks.memory import bytes_needed, free_bytes, why_not
-from benchmarks.providers import OPTIMIZERS, copy_provider, providers
-from benchmarks.rotation import Rotation
-from benchmarks.runner import Rounds, measure
-from benchmarks.shapes import workload_of
-from tests.support.helpers import SHAPES
+from benchmarks.lib import memory_limits
+from benchmarks.lib.copying import copy_provider
+from benchmarks.lib.counters import peak_extra_bytes
+from benchmarks.lib.memory_limits import bytes_needed, free_bytes, why_not
+from benchmarks.lib.optimizers import OPTIMIZERS
+from benchmarks.lib.providers import providers
+from benchmarks.lib.rotation import Rotation
+from benchmarks.lib.workloads import workload_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
 GIB = 1 << 30
 
 
@@ -28,10 +28,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with 10 GiB left, in no group."""
     meminfo = tmp_path / "meminfo"
     meminfo.write_text(f"MemTotal: {20 << 20} kB\nMemFree: 1 kB\nMemAvailable: {10 << 20} kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    monkeypatch.setattr(memory_limits, "MEMINFO", meminfo)
     names = ("limit", "used", "stat")
     groups = [tuple(tmp_path / f"{name}{v}" for name in names) for v in (2, 1)]
-    monkeypatch.setattr(memory, "CGROUPS", groups)
+    monkeypatch.setattr(memory_limits, "CGROUPS", groups)
     return tmp_path
 
 
@@ -90,57 +90,3 @@ def test_as_much_as_a_measurement_holds_and_not_much_more(
     held = peak_extra_bytes(step_all)
     needed = bytes_needed(optimizer, compared, [60_000] * 20, dtype.itemsize)
     assert held <= needed <= 1.2 * held
-
-
-def test_peak_extra_bytes_of_known_allocations() -> None:
-    kept = torch.zeros(1 << 20)
-
-    def step() -> None:
-        first = torch.ones(3 << 18)  # 3 MiB
-        second = torch.ones(1 << 18, dtype=torch.float64)  # and 2 MiB beside it
-        del first
-        third = torch.ones(1 << 20)  # and 4 MiB after 3 were freed: 6 MiB, the most
-        del second
-        kept.add_(third)
-        torch.ones(1 << 18)  # 5 MiB
-
-    for _ in range(2):
-        assert peak_extra_bytes(step) == 6 << 20
-    assert peak_extra_bytes(lambda: kept.add_(kept)) == 0
-
-
-def test_left_bytes_of_known_allocations() -> None:
-    kept: list[Tensor] = []
-
-    def step() -> None:
-        kept.append(torch.ones(1 << 18) + torch.ones(1 << 18))
-
-    for _ in range(2):
-        assert left_bytes(step) == 1 << 20
-    assert left_bytes(lambda: torch.ones(1 << 18)) == 0
-
-
-def test_peak_extra_bytes_leaves_out_what_was_there_before() -> None:
-    held = [torch.ones(1 << 20)]
-
-    def step() -> None:
-        held.clear()
-        torch.ones(1 << 18)
-
-    assert peak_extra_bytes(step) == 1 << 20
-
-
-def test_peak_extra_bytes_sees_what_operations_allocate_inside() -> None:
-    x = torch.rand(1 << 20)
-    assert peak_extra_bytes(lambda: x.copy_(x * 2 + x)) == 8 << 20
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_what_a_step_keeps_beside_its_state(optimizer: str) -> None:
-    workload = workload_of("tiny", SHAPES)
-    compared = [*providers(optimizer), copy_provider(optimizer)]
-    rows = measure(optimizer, compared, workload, Rounds(1, 1))
-    kept = rows.set_index("role")["kept_extra_bytes"]
-    assert kept["ours"] == sum(p.nbytes for p in workload.params)  # the small tensors, side by side
-    assert set(kept[["wrapper", "peer", "unclipped"]]) == {0}
-    assert pd.isna(kept["copy"])

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.providers import OPTIMIZERS, Provider, copied_at_once
+from benchmarks.lib.copying import copied_at_once
+from benchmarks.lib.optimizers import OPTIMIZERS
+from benchmarks.lib.providers import Provider
 
 # The rest is for what is not counted here.
 USABLE = 0.9

@@ -1,0 +1,57 @@
+"""The optimizers that are compared, and what they keep and move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
+
+
+class Optimizer(NamedTuple):
+    """A torch.optim class, its AGC class, and the options that both are measured with.
+
+    ``states`` counts the state tensors per parameter. ``modes`` are the arguments that choose
+    torch's implementation; ``fastest`` is the mode that short runs keep.
+    """
+
+    torch_class: Callable[..., torch.optim.Optimizer]
+    agc_class: Callable[..., torch.optim.Optimizer]
+    options: dict[str, Any]
+    states: int
+    modes: dict[str, dict[str, bool]]
+    fastest: str
+
+
+LR = 1e-9  # so small that weights, and so the share of clipped units, stay what they were
+UNFUSED = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
+MODES = {**UNFUSED, "fused": {"fused": True}}
+MOMENTUM = {"lr": LR, "momentum": 0.9}
+
+OPTIMIZERS = {
+    "sgd": Optimizer(torch.optim.SGD, SGD_AGC, MOMENTUM.copy(), 1, MODES, "fused"),
+    "adam": Optimizer(torch.optim.Adam, Adam_AGC, {"lr": LR}, 2, MODES, "fused"),
+    "adamw": Optimizer(torch.optim.AdamW, AdamW_AGC, {"lr": LR}, 2, MODES, "fused"),
+    "rmsprop": Optimizer(torch.optim.RMSprop, RMSprop_AGC, MOMENTUM.copy(), 2, UNFUSED, "for-loop"),
+}
+
+
+def minimal_bytes(optimizer: str, params: Iterable[Tensor]) -> int:
+    """Bytes of a step that reads p, g and states once and writes p and states once."""
+    size = sum(p.numel() * p.element_size() for p in params)
+    return size * (3 + 2 * OPTIMIZERS[optimizer].states)
+
+
+def state_bytes(optimizer: str, params: Sequence[Tensor]) -> int:
+    """Bytes that torch's class keeps in its state."""
+    one: list[Tensor] = [Parameter(torch.zeros(1))]
+    one[0].grad = torch.zeros(1)
+    torch_class, _, options, states, *_ = OPTIMIZERS[optimizer]
+    base = torch_class(one, **options)
+    base.step()
+    counts = sum(state.nbytes for state in base.state[one[0]].values() if not state.dim())
+    return sum(states * p.nbytes + counts for p in params)

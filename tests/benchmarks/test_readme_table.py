@@ -1,0 +1,80 @@
+"""README.md's table is that of the committed results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from benchmarks import readme_table
+
+
+def test_readme_has_the_committed_figures() -> None:
+    text = readme_table.README.read_text()
+    assert list(readme_table.RESULTS.glob("*/throughput.csv"))
+    assert readme_table.with_tables(text) == text
+
+
+def readme_rows(**common: Any) -> pd.DataFrame:
+    machine = {"device": "Some CPU", "threads": 2, "torch": "9.9"}
+    model = {"model": readme_table.MODEL, "dtype": readme_table.DTYPE, "parameters": 71_489_284}
+    rows = [
+        {"implementation": "x", "optimizer": "sgd", "median_ms": 123.4, "ratio_to_unclipped": 2.0},
+        {"implementation": "x", "optimizer": "adamw", "median_ms": 9.87, "ratio_to_unclipped": 1.0},
+        {"implementation": "y", "optimizer": "sgd", "median_ms": 1, "ratio_to_unclipped": 0.5},
+    ]
+    return pd.DataFrame([{**machine, **model, **row, **common} for row in rows])
+
+
+HEADING = "dm_nfnet_f0, float32, 71.5 million parameters on Some CPU, 2 threads, torch 9.9:"
+
+
+TABLE = [
+    "",
+    "| ms per step (times unclipped) | SGD | Adam | AdamW | RMSprop |",
+    "|---|---|---|---|---|",
+    "| x | 123 (2.00) |  | 9.87 (1.00) |  |",
+    "| y | 1 (0.50) |  |  |  |",
+]
+
+
+def test_readme_table_by_implementation_and_optimizer() -> None:
+    assert readme_table.markdown(readme_rows()).splitlines() == [HEADING, *TABLE]
+
+
+def test_readme_tables_are_of_one_model_and_dtype() -> None:
+    others = [readme_rows(dtype="bfloat16", median_ms=0), readme_rows(model="vit", median_ms=0)]
+    mixed = pd.concat([others[0], readme_rows(), others[1]])
+    assert [*map(readme_table.markdown, readme_table.tables(mixed))] == [
+        readme_table.markdown(readme_rows())
+    ]
+    assert list(readme_table.tables(pd.concat(others))) == []
+
+
+def test_readme_has_a_table_for_each_machine_and_torch_of_a_csv() -> None:
+    others: list[dict[str, Any]] = [{"threads": 64}, {"device": "Other CPU"}, {"torch": "10.0"}]
+    both = pd.concat([readme_rows(), *(readme_rows(**other) for other in others)])
+    headings = [readme_table.markdown(rows).splitlines()[0] for rows in readme_table.tables(both)]
+    assert headings == [
+        HEADING,
+        HEADING.replace("2 threads", "64 threads"),
+        HEADING.replace("Some", "Other"),
+        HEADING.replace("9.9", "10.0"),
+    ]
+
+
+def test_readme_tables_come_from_throughput_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    for machine, rows in {"a": readme_rows(), "b": readme_rows(model="vit")}.items():
+        (tmp_path / machine).mkdir()
+        rows.to_csv(tmp_path / machine / "throughput.csv")
+    for other in ("a/host-cost", "b/scaling", "kernels-triton-9.9", "throughput"):
+        readme_rows(device=other).to_csv(tmp_path / f"{other}.csv")
+    text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter"
+    table = "\n".join([HEADING, *TABLE])
+    expected = f"before\n{readme_table.BEGIN}\n\n{table}\n\n{readme_table.END}\nafter"
+    assert readme_table.with_tables(text) == expected
