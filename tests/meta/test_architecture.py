@@ -1,9 +1,11 @@
-"""docs/architecture.md, where lint-imports does not look: what is under the lowest floor."""
+"""docs/architecture.md, where lint-imports does not look: the cellar, and the picture."""
 
 from __future__ import annotations
 
 import ast
+import runpy
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -35,3 +37,13 @@ def test_the_layout_of_the_tables_imports_nothing() -> None:
 def test_imports_are_found_wherever_they_stand() -> None:
     source = "import a.b, c\ndef f():\n  from ..d import e\n  from . import g, h\n  import i.j as k"
     assert imported(source) == {"a.b", "c", "..d", ".", "i.j"}
+
+
+def test_the_picture_shows_what_the_code_imports() -> None:
+    picture = runpy.run_path(str(ROOT / "docs" / "picture.py"))
+    drawn: dict[str, set[str]] = {"node": set(), "edge": set()}
+    for element in ElementTree.parse(ROOT / "docs" / "architecture.svg").iter():
+        if element.get("class") in drawn:
+            drawn[element.attrib["class"]].add(element.findtext("{*}title", ""))
+    assert drawn["edge"] == {f"{a}->{b}" for a, b in picture["arrows"]()}, "make picture draws it"
+    assert drawn["node"] == {"kernels"}.union(*picture["floors"]())
