@@ -1,6 +1,6 @@
 """What PyTorch tests of its own optimizers beyond numbers: hooks that act, old and odd checkpoints.
 
-Both paths beside torch.optim; that each hook fires at all is in test_torch_features.
+Both paths beside torch.optim; that each hook fires at all is in test_features.
 """
 
 from __future__ import annotations
