@@ -16,7 +16,7 @@ KERNELS = re.compile(r"^ *(from|import) agc_triton\.kernels\b", re.MULTILINE)
 def floors() -> list[list[str]]:
     """The rooms of each floor, top first: the layers that lint-imports holds."""
     contracts = api.read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"]
-    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    (layers,) = [c["layers"] for c in contracts if c.get("containers") == ["agc_triton"]]
     return [layer.split(" | ") for layer in layers]
 
 

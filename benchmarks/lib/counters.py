@@ -90,4 +90,5 @@ def _bytes_held(step: Step) -> list[int]:
         step()
     events = [e for e in profiled.kineto_results.events() if e.name() == "[memory]"]
     changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return list(accumulate(changes, initial=0))
+    # Freeing what lies where something was once seen to be allocated counts too: never below 0.
+    return list(accumulate(changes, lambda held, change: max(0, held + change), initial=0))
