@@ -18,7 +18,7 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 _HEAD_NAMES = {
     *("classifier", "fc", "head", "heads", "last_linear", "lm_head", "logits", "score"),
-    *("classification_head", "decode_head", "logits_proj", "qa_outputs"),
+    *("classification_head", "ctc_head", "decode_head", "logits_proj", "qa_outputs"),
 }
 # Where a model ends in a space that it shares with another, as CLIP does.
 _PROJECTION_NAMES = {f"{of}_projection" for of in ("audio", "image", "text", "vision", "visual")}
@@ -30,7 +30,7 @@ def find_head(model: nn.Module, example_inputs: Inputs | None = None) -> list[nn
     In this order: ``model.get_classifier()`` (timm), ``model.get_output_embeddings()``
     (transformers), the last Linear run on ``example_inputs``, the last Linear or Conv under a usual
     name at the top of the model, those that end what transformers put beside the base model, the
-    only Linear, the last Linear that torch.fx traces.
+    head of the only module it holds, the only Linear, the last Linear that torch.fx traces.
 
     Raises:
         ValueError: there are Linear layers and none of these tells which is the head.
@@ -46,9 +46,16 @@ def find_head(model: nn.Module, example_inputs: Inputs | None = None) -> list[nn
         return _last_run(model, list(linears), example_inputs)
     if named := _by_name(model):
         return named
-    base = getattr(model, "base_model", None)
-    if callable(get_embeddings) and isinstance(base, nn.Module):
-        return _beside_base(model, base, has_linears=bool(linears))
+    base = _base_of(model)
+    if base is not None and (beside := _beside_base(model, base)):
+        return beside
+    if (inner := _only_child(model)) is not None:
+        return find_head(inner)
+    if base is not None and linears:
+        raise ValueError(
+            f"{type(model).__name__} shows no head, by its get_output_embeddings() and the names of"
+            " its layers: exclude_head=False is all it needs, or example_inputs if there is one"
+        )
     if len(linears) < 2:
         return list(linears)
     if traced := _trace(model):
@@ -123,26 +130,33 @@ def _by_name(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _beside_base(model: nn.Module, base: nn.Module, has_linears: bool) -> list[nn.Module]:
-    """What ends each of the modules that a transformers model has beside its base model.
+def _base_of(model: nn.Module) -> nn.Module | None:
+    """A transformers model's part without heads, which may be itself."""
+    transformers = callable(getattr(model, "get_output_embeddings", None))
+    base = getattr(model, "base_model", None) if transformers else None
+    return base if isinstance(base, nn.Module) else None
 
-    Raises:
-        ValueError: there is nothing beside it.
-    """
+
+def _only_child(model: nn.Module) -> nn.Module | None:
+    """What a model, a LightningModule say, does no more than hold."""
+    holding = [child for child in model.children() if any(True for _ in child.parameters())]
+    alone = len(holding) == 1 and not any(True for _ in model.parameters(recurse=False))
+    return holding[0] if alone else None
+
+
+def _beside_base(model: nn.Module, base: nn.Module) -> list[nn.Module]:
+    """What ends each of the modules that a transformers model has beside its base model."""
     inside = set(base.modules())
     beside = [child for child in model.children() if child not in inside]
     if base is model:
         beside = [m for name, m in model.named_children() if name in _PROJECTION_NAMES]
-    found = [layer for child in beside for layer in _last_layer(child)]
-    if has_linears and not found:
-        raise ValueError(
-            f"{type(model).__name__} has no head, by its get_output_embeddings() and the names of"
-            " its layers: exclude_head=False is all it needs"
-        )
-    return found
+    return [layer for child in beside for layer in _last_layer(child)]
 
 
 def _last_layer(module: nn.Module) -> list[nn.Module]:
+    """The last Linear or Conv, of a part with a usual name where there is one."""
+    if named := _by_name(module):
+        return named
     layers: list[nn.Module] = [m for m in module.modules() if isinstance(m, (nn.Linear, _ConvNd))]
     return layers[-1:]
 
@@ -151,11 +165,14 @@ def _trace(model: nn.Module) -> list[nn.Module]:
     # A copy, as what forward() stores would be torch.fx's stand-ins; parameters stay as they are.
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     try:
-        nodes = fx.Tracer().trace(copy.deepcopy(model, shared)).nodes
+        twin = copy.deepcopy(model, shared)
+        originals = dict(zip(twin.modules(), model.modules(), strict=True))
+        for module in originals:  # torch.fx does not go into what is compiled
+            for name, child in module._modules.items():
+                module._modules[name] = child if child is None else _unwrapped(child)
+        nodes = fx.Tracer().trace(twin).nodes
     except Exception:  # a model that cannot be copied or traced raises whatever its code raises
         return []
-    called: list[nn.Module] = [
-        model.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"
-    ]
+    called = [originals[twin.get_submodule(str(n.target))] for n in nodes if n.op == "call_module"]
     linears: list[nn.Module] = [m for m in called if isinstance(m, nn.Linear)]
     return linears[-1:]

@@ -17,6 +17,7 @@ _WITH_WEIGHTS = (
 )
 # Layers of other packages, such as torchvision's DeformConv2d or transformers' LlamaRMSNorm.
 _NAMED_FOR_WEIGHTS = re.compile(r"linear|conv|embedding", re.IGNORECASE)
+_CONV1D = re.compile(r"^Conv1D$")
 _NAMED_FOR_NORM = re.compile(r"norm(\dd)?$", re.IGNORECASE)
 
 
@@ -39,7 +40,7 @@ def decays(entry: Entry) -> bool:
         return False
     if _is_weight(entry):
         return True
-    return not (_is_one_unit(entry) or _NAMED_FOR_NORM.search(type(entry.layer).__name__))
+    return not (_is_one_unit(entry) or _is_named(entry.layer, _NAMED_FOR_NORM))
 
 
 def names_not_decayed(model: nn.Module) -> set[str]:
@@ -55,10 +56,14 @@ def names_not_decayed(model: nn.Module) -> set[str]:
 def _is_weight(entry: Entry) -> bool:
     """Whether the layer is known to have weights and this is one: no gain of weight norm, say."""
     layer, tensor = entry.layer, entry.tensor
-    if not isinstance(layer, _WITH_WEIGHTS) and not _NAMED_FOR_WEIGHTS.search(type(layer).__name__):
+    if not (isinstance(layer, _WITH_WEIGHTS) or _is_named(layer, _NAMED_FOR_WEIGHTS)):
         return False
     whole = "weight" in tensor and "." not in tensor and not tensor.endswith("_g")
     return whole and entry.param.dim() > 1
+
+
+def _is_named(layer: nn.Module, pattern: re.Pattern[str]) -> bool:
+    return any(pattern.search(cls.__name__) for cls in type(layer).__mro__)
 
 
 def _is_one_unit(entry: Entry) -> bool:
@@ -68,4 +73,4 @@ def _is_one_unit(entry: Entry) -> bool:
 
 def _is_transformers_conv1d(layer: nn.Module) -> bool:
     """GPT-2's Linear, stored (in, out), told without importing transformers."""
-    return hasattr(layer, "nf") and any(c.__name__ == "Conv1D" for c in type(layer).__mro__)
+    return hasattr(layer, "nf") and _is_named(layer, _CONV1D)
