@@ -3,7 +3,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: bench coverage demo mutations picture soak test
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_INSTALLED := $(INTEGRATIONS)/.installed
+
+.PHONY: bench coverage demo mutations picture soak test test-integrations
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
@@ -26,6 +29,17 @@ test: $(INSTALLED)
 	$(PYTHON) -m mypy
 	$(VENV)/bin/lint-imports
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
+
+$(INTEGRATIONS_INSTALLED): pyproject.toml setup.py constraints-integrations.txt
+	python3 -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --constraint constraints-integrations.txt \
+		--editable '.[integrations]'
+	touch $@
+
+# Models and trainers of timm, transformers, Lightning and Accelerate, in an environment of their own.
+# Packages are all that is fetched: models are made from small configurations.
+test-integrations: $(INTEGRATIONS_INSTALLED)
+	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest -W default tests/integrations
 
 # What takes minutes: thousands of steps, many random sequences of operations.
 soak: $(INSTALLED)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 # Where torch.compile, activation checkpointing and FSDP1 keep the module that they wrap.
 _INNER = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -66,13 +66,19 @@ def named_chains(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
 
     Names are those in the model as it was before it was wrapped.
     """
-    known: dict[str, tuple[list[str], list[nn.Module]]] = {}
+    known: dict[str, tuple[str, list[nn.Module]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         outer, _, part = path.rpartition(".")
-        parts, chain = known[outer] if path else ([], [])
-        wrapped = part in _INNER or (part == "module" and isinstance(chain[-1], DATA_PARALLEL))
-        known[path] = (parts if wrapped or not path else [*parts, part]), [*chain, module]
-        yield ".".join(known[path][0]), known[path][1]
+        name, chain = known[outer] if path else ("", [])
+        if path and not is_wrapped(part, chain[-1]):
+            name = f"{name}.{part}" if name else part
+        known[path] = name, [*chain, module]
+        yield known[path]
+
+
+def is_wrapped(name: str, wrapper: nn.Module) -> bool:
+    """Whether a child of this name is what a module wraps, and has no name in the model itself."""
+    return name in _INNER or (name == "module" and isinstance(wrapper, _DATA_PARALLEL))
 
 
 def _role(parametrizations: ParametrizationList, tensor: str, stored: str) -> str:

@@ -77,7 +77,7 @@ def param_groups(
             f"param_groups takes the model itself, not {type(model).__name__}: param_groups(model);"
             " parameters or groups of it go to groups=[{'params': ...}, ...]"
         )
-    if groups is not None and not (weight_decay is None and no_decay in (None, ())):
+    if groups is not None and not (weight_decay is None and no_decay in (None, (), [])):
         raise ValueError(
             "groups keep the weight decay they have: leave out weight_decay and no_decay, or groups"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from agc_triton.model.entries import DATA_PARALLEL, show_sharded
+from agc_triton.model.entries import is_wrapped, show_sharded
 
 # What a forward pass takes: a tensor, a tuple of arguments or a mapping of keyword arguments.
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -36,22 +36,14 @@ def find_head(model: nn.Module, example_inputs: Inputs | None = None) -> list[nn
         ValueError: there are Linear layers and none of these tells which is the head.
     """
     model = _unwrapped(model)
-    if callable(get_classifier := getattr(model, "get_classifier", None)):
-        return _modules(get_classifier())
-    get_embeddings = getattr(model, "get_output_embeddings", None)
-    if callable(get_embeddings) and (found := _modules(get_embeddings())):
-        return found
+    if (told := _told(model)) is not None:
+        return told
     linears = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if example_inputs is not None:
         return _last_run(model, list(linears), example_inputs)
-    if named := _by_name(model):
+    if (named := _by_names(model)) is not None:
         return named
-    base = _base_of(model)
-    if base is not None and (beside := _beside_base(model, base)):
-        return beside
-    if (inner := _only_child(model)) is not None:
-        return find_head(inner)
-    if base is not None and linears:
+    if _base_of(model) is not None:
         raise ValueError(
             f"{type(model).__name__} shows no head, by its get_output_embeddings() and the names of"
             " its layers: exclude_head=False is all it needs, or example_inputs if there is one"
@@ -68,14 +60,19 @@ def find_head(model: nn.Module, example_inputs: Inputs | None = None) -> list[nn
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile, in any order."""
-    while True:
-        if isinstance(model, DATA_PARALLEL):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    """The model inside DistributedDataParallel, torch.compile and their like, in any order."""
+    for name, child in model.named_children():
+        if is_wrapped(name, model):
+            return _unwrapped(child)
+    return model
+
+
+def _told(model: nn.Module) -> list[nn.Module] | None:
+    """What a model of timm or transformers says itself; None if it says nothing."""
+    if callable(get_classifier := getattr(model, "get_classifier", None)):
+        return _modules(get_classifier())
+    get_embeddings = getattr(model, "get_output_embeddings", None)
+    return (_modules(get_embeddings()) or None) if callable(get_embeddings) else None
 
 
 def _modules(found: Any) -> list[nn.Module]:
@@ -122,7 +119,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         show_sharded(model)
 
 
-def _by_name(model: nn.Module) -> list[nn.Module]:
+def _by_names(model: nn.Module) -> list[nn.Module] | None:
+    """By names in the model, else what the only module it holds tells or shows by names."""
+    if found := _usual(model) or _beside_base(model):
+        return found
+    if (inner := _only_child(model)) is None:
+        return None
+    inner = _unwrapped(inner)
+    told = _told(inner)
+    return _by_names(inner) if told is None else told
+
+
+def _usual(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for name, child in model.named_children():
         if name in _HEAD_NAMES:
@@ -144,8 +152,11 @@ def _only_child(model: nn.Module) -> nn.Module | None:
     return holding[0] if alone else None
 
 
-def _beside_base(model: nn.Module, base: nn.Module) -> list[nn.Module]:
+def _beside_base(model: nn.Module) -> list[nn.Module]:
     """What ends each of the modules that a transformers model has beside its base model."""
+    base = _base_of(model)
+    if base is None:
+        return []
     inside = set(base.modules())
     beside = [child for child in model.children() if child not in inside]
     if base is model:
@@ -155,7 +166,7 @@ def _beside_base(model: nn.Module, base: nn.Module) -> list[nn.Module]:
 
 def _last_layer(module: nn.Module) -> list[nn.Module]:
     """The last Linear or Conv, of a part with a usual name where there is one."""
-    if named := _by_name(module):
+    if named := _usual(module):
         return named
     layers: list[nn.Module] = [m for m in module.modules() if isinstance(m, (nn.Linear, _ConvNd))]
     return layers[-1:]

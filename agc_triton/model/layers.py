@@ -15,6 +15,9 @@ _WITH_WEIGHTS = (
     *(_ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag),
     *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
 )
+# "weight", as Linear, MultiheadAttention and LSTM call theirs; the direction of weight norm, and
+# what pruning and the older spectral norm keep.
+_WEIGHT = re.compile(r"(\w+_proj_)?weight(_(ih|hh|hr))?(_l\d+(_reverse)?)?(_v|_orig)?")
 # Layers of other packages, such as torchvision's DeformConv2d or transformers' LlamaRMSNorm.
 _NAMED_FOR_WEIGHTS = re.compile(r"linear|conv|embedding", re.IGNORECASE)
 _CONV1D = re.compile(r"^Conv1D$")
@@ -54,12 +57,10 @@ def names_not_decayed(model: nn.Module) -> set[str]:
 
 
 def _is_weight(entry: Entry) -> bool:
-    """Whether the layer is known to have weights and this is one: no gain of weight norm, say."""
+    """Whether the layer is known to have weights and this is one: no gain beside it, say."""
     layer, tensor = entry.layer, entry.tensor
-    if not (isinstance(layer, _WITH_WEIGHTS) or _is_named(layer, _NAMED_FOR_WEIGHTS)):
-        return False
-    whole = "weight" in tensor and "." not in tensor and not tensor.endswith("_g")
-    return whole and entry.param.dim() > 1
+    known = isinstance(layer, _WITH_WEIGHTS) or _is_named(layer, _NAMED_FOR_WEIGHTS)
+    return known and entry.param.dim() > 1 and _WEIGHT.fullmatch(tensor) is not None
 
 
 def _is_named(layer: nn.Module, pattern: re.Pattern[str]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from agc_triton import param_groups
 
@@ -69,12 +69,13 @@ def test_gains_within_layers_and_parameters_of_no_known_layer_go_by_shape() -> N
         def __init__(self) -> None:
             super().__init__(1, 8, 1)
             self.gain = nn.Parameter(torch.ones(8, 1, 1, 1))
+            self.weight_gain = nn.Parameter(torch.ones(8, 1, 1, 1))
 
     model = nn.ModuleDict({"conv": ScaledStdConv2d(), "prelu": nn.PReLU(4)})
     for name, shape in {"scale": (), "gamma": (8,), "token": (1, 1, 8), "table": (3, 8)}.items():
         model.register_parameter(name, nn.Parameter(torch.ones(shape)))
     assert undecayed(model) == {
-        *("conv.bias", "conv.gain", "prelu.weight", "scale", "gamma", "token"),
+        *("conv.bias", "conv.gain", "conv.weight_gain", "prelu.weight", "scale", "gamma", "token"),
     }
 
 
@@ -82,8 +83,10 @@ def test_weight_norm_has_a_gain_and_a_direction() -> None:
     layer = parametrizations.weight_norm(nn.Conv2d(1, 8, 1))
     assert undecayed(layer) == {"bias", "parametrizations.weight.original0"}
     with pytest.warns(FutureWarning, match="deprecated"):
-        older = nn.utils.weight_norm(nn.Linear(1, 8))
-    assert undecayed(older) == {"bias", "weight_g"}
+        older = nn.utils.weight_norm(nn.LSTM(1, 8), "weight_ih_l0")
+    assert undecayed(older) == {"bias_ih_l0", "bias_hh_l0", "weight_ih_l0_g"}
+    pruned = prune.random_unstructured(nn.Linear(1, 8), "weight", 0.5)  # type: ignore[no-untyped-call]
+    assert undecayed(pruned) == {"bias"}
 
 
 def test_other_parametrizations_stand_for_their_weight_or_go_by_shape() -> None:
