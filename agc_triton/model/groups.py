@@ -38,7 +38,7 @@ def param_groups(
     unless it is depthwise, and for transformers' Conv1D; 0 for all others. Biases, gains, scalars,
     norms and what the model's own ``no_weight_decay()`` names, in timm, are not decayed. Shared
     parameters appear once, frozen ones not at all. Names are those of the model inside
-    DistributedDataParallel and torch.compile.
+    DistributedDataParallel and torch.compile; what `fully_shard` has gathered is sharded again.
 
     Args:
         model: any module; its parameters must be initialized.
@@ -57,15 +57,16 @@ def param_groups(
             section 4.1) do. The head is ``model.get_classifier()`` or
             ``model.get_output_embeddings()`` if there is one, else the last Linear that runs on
             ``example_inputs``, else a layer with a usual name (fc, head, classifier, ...), else
-            what transformers put on top of the base model, else the only Linear, else the last
-            Linear that torch.fx sees.
+            what transformers put beside the base model, else the head of the only module that the
+            model holds, else the only Linear, else the last Linear that torch.fx sees.
         example_inputs: what the model takes, to find the head by running it in eval mode: a tensor,
             a tuple of arguments or a mapping of keyword arguments.
         names: give the groups ``param_names``. torch.optim refuses to add groups of bare parameters
             to named ones, which this package's optimizers do not.
 
     Returns:
-        Groups with ``params``, ``param_names``, ``unit_dim`` and the options set for them.
+        Groups with ``params``, ``param_names`` unless ``names`` is False, ``unit_dim`` and the
+        options set for them.
 
     Raises:
         TypeError: a model, group or selector that is none.
