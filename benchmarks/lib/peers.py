@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,9 +76,18 @@ def _clip(
         grad.copy_(torch.where(grad_norm < max_norm, grad, clipped))
 
 
-def packaged_clips(compiled: bool) -> list[tuple[str, str, Clip]]:
-    """Name, version and clipping of installed packages; heavyball's compiles itself."""
-    found: list[tuple[str, str, Clip]] = []
+class Package(NamedTuple):
+    """Clipping by an installed package; ``compiles``: under torch.compile, by itself."""
+
+    name: str
+    version: str
+    clip: Clip
+    compiles: bool
+
+
+def packaged_clips() -> list[Package]:
+    """Those of the packages that are installed."""
+    found = []
     agc = _imported("pytorch_optimizer.optimizer.agc")
     if agc is not None:
 
@@ -88,8 +97,9 @@ def packaged_clips(compiled: bool) -> list[tuple[str, str, Clip]]:
                 if p.grad is not None:
                     p.grad.copy_(agc.agc(p, p.grad))
 
-        found.append(("pytorch_optimizer agc", _version("pytorch-optimizer"), clip_each))
-    utils = _imported("heavyball.utils") if compiled else None
+        version = _version("pytorch-optimizer")
+        found.append(Package("pytorch_optimizer agc", version, clip_each, False))
+    utils = _imported("heavyball.utils")
     if utils is not None:
 
         @torch.no_grad()
@@ -97,7 +107,8 @@ def packaged_clips(compiled: bool) -> list[tuple[str, str, Clip]]:
             params = list(parameters)
             utils.adaptive_gradient_clipping_(params, [p.grad for p in params], 0.01)
 
-        found.append(("heavyball AGC per tensor", _version("heavyball"), clip_tensors))
+        version = _version("heavyball")
+        found.append(Package("heavyball AGC per tensor", version, clip_tensors, True))
     return found
 
 
