@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "agc_triton").rglob("*.py"))
 # torch's functions that make a tensor from no other; torch.from_numpy and *_like know where.
-FACTORIES = frozenset(
-    "arange empty empty_strided eye full linspace logspace normal ones rand randint randn randperm"
-    " scalar_tensor tensor zeros".split()
-)
+FACTORIES = {
+    *("arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones"),
+    *("rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"),
+}
 
 
 def made_anywhere(source: str) -> list[int]:
