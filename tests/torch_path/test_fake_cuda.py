@@ -1,4 +1,4 @@
-"""The torch path on CUDA tensors that are not there; torch'ones know their devices."""
+"""The torch path on CUDA tensors that are not there; torch's fake ones know their devices."""
 
 from __future__ import annotations
 
