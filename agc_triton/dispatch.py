@@ -2,38 +2,274 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from agc_triton.nonfinite import SkippedUnits, check_finite
 from agc_triton.norms import Clip
-from agc_triton.routing import eligible, launches
-from agc_triton.rule import Batches, Work
+from agc_triton.routing import eligible, wants_triton
+from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Work
+from agc_triton.snapshot import Cached
 from agc_triton.torch_path import step as torch_path
-from agc_triton.torch_path.plan import BlockPlans
-from agc_triton.triton_path.buckets import Bucket as Bucket
-from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
-from agc_triton.triton_path.plan import ClipPlan, OptimizerPlan
-from agc_triton.triton_path.tables import ALIGNMENT, kernel_layout
-from agc_triton.validation import (
-    CheckedGroups,
-    check_grad,
-    check_group,
-    check_options,
-    check_shapes,
-    tensor_name,
+from agc_triton.torch_path.plan import BlockPlan
+from agc_triton.validation import check_gradients, check_group, check_options, check_shapes
+
+if TYPE_CHECKING:
+    from agc_triton.triton_path.buckets import Bucket as Bucket
+    from agc_triton.triton_path.plan import Preview, TritonPlan
+
+
+class Paths:
+    """What an optimizer keeps from step to step on both paths; it is never pickled."""
+
+    def __init__(self) -> None:
+        self.triton = TritonPath()
+        self.blocks: dict[tuple[int, int], Cached[BlockPlan]] = {}
+        self.skipped = SkippedUnits()
+
+    def release(self) -> None:
+        """Let go of states that have been replaced."""
+        self.blocks = {}
+        self.triton.release()
+
+    def step(self, work: Work, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Check and plan everything on both paths, then update.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as `AGCOptimizer.step`; nothing has been changed.
+        """
+        capturing = is_capturing()
+        if work.nonfinite == "raise":
+            _check_finite(work, found_inf, capturing)
+        skipped = self.skipped if work.nonfinite == "skip_unit" else None
+        with _whole_states(work.state):
+            check = partial(_check_all, work)
+            plan = self.triton.prepare(work, check, skipped, capturing, "step()")
+            rest = list(enumerate(work.groups)) if plan is None else plan.rest(work.groups)
+            # A host sync on CUDA, as GradScaler itself has for optimizers it cannot fuse with.
+            if rest and found_inf is not None and found_inf.item():
+                rest = []
+            updates = self._prepare_blocks(work, rest, skipped, grad_scale, found_inf)
+        if plan is not None:
+            plan.begin(grad_scale, found_inf, capturing)
+            plan.update()
+        for update in updates:
+            update()
+
+    def _prepare_blocks(
+        self,
+        work: Work,
+        groups: list[tuple[int, dict[str, Any]]],
+        skipped: SkippedUnits | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[Callable[[], None]]:
+        """What updates these groups on the torch path, all of it checked before any of it runs."""
+        scaler = None if grad_scale is None else grad_scale.reshape(()), found_inf
+        # All states of all groups are created before any is updated.
+        collected = [_collect(work, group) for _, group in groups]
+        updates: list[Callable[[], None]] = []
+        for (index, group), batches in zip(groups, collected, strict=True):
+            check_options(group, index)
+            clip = Clip.of(group, skipped) if work.needs_units(group) else None
+            for at, (lists, options) in enumerate(batches):
+                given = lists, options, clip
+                if lists.params:
+                    plan = self._blocks_of((index, at), work, *given)
+                    updates.append(torch_path.prepare(work.rule, plan, *given, *scaler))
+                else:
+                    self.blocks.pop((index, at), None)
+        return updates
+
+    def _blocks_of(self, at: tuple[int, int], work: Work, *given: Any) -> BlockPlan:
+        def make() -> BlockPlan:
+            _check(work, at[0])
+            _bring_counts(work, *given[:2])
+            return BlockPlan(*given)
+
+        if at not in self.blocks:
+            self.blocks[at] = Cached(views=True)
+        return self.blocks[at].get(lambda plan: plan.look(*given), make)
+
+
+class TritonPath:
+    """The Triton path's plan, and what outlives it."""
+
+    def __init__(self) -> None:
+        self._cached: Cached[TritonPlan | None] = Cached()
+        self._own: Any = None
+        # What the replays of captured graphs read.
+        self.captured: list[Any] = []
+
+    @property
+    def plan(self) -> TritonPlan | None:
+        """The latest plan, unless it has been let go of."""
+        return self._cached.plan
+
+    def release(self) -> None:
+        """Let go of the plan and the states it holds; graphs keep what they captured."""
+        self._cached.drop()
+
+    def prepare(
+        self,
+        work: Work,
+        check: Callable[[], None],
+        skipped: SkippedUnits | None,
+        capturing: bool,
+        what: str,
+    ) -> TritonPlan | None:
+        """The plan, ready to run, or None if nothing takes this path.
+
+        Raises:
+            RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take, or
+                there is no plan and a CUDA graph is being captured (``what`` is to be).
+            RuntimeError, TypeError, ValueError: what ``check`` raises before a plan is made.
+        """
+
+        def make() -> TritonPlan | None:
+            if not any(wants_triton(work.backend, group) for group in work.groups):
+                return None
+            check()
+            taken = [eligible(work.backend, group, i) for i, group in enumerate(work.groups)]
+            if not any(taken):
+                return None
+            if capturing:  # plans need memory and copies that a capture allows none of
+                raise RuntimeError(
+                    f"a CUDA graph cannot capture {what} without a plan for these parameters,"
+                    f" options and layouts of gradients; run {what} once on them before the capture"
+                )
+            # The wing imports Triton.
+            from agc_triton.triton_path.plan import TritonPlan
+            from agc_triton.triton_path.scalars import OwnScalars
+
+            self._own = self._own or OwnScalars()
+            return TritonPlan(work, taken, self._own, skipped, self.captured)
+
+        return self._cached.get(
+            lambda plan: plan.look(work), make, lambda plan: plan.write_tables(work)
+        )
+
+
+# A rule that updates no parameter: gradients alone are clipped.
+CLIP = Rule(
+    update=lambda lists, group: None,
+    fused=lambda group, dtype: None,
+    kernel=KernelRule(
+        "clip",
+        flags=lambda group: 0,
+        states=lambda group: (),
+        hyper=lambda group: (),
+        prepared=0,
+        writes_grad=True,
+    ),
 )
 
 
+class Clipper:
+    """Clips the gradients of parameter groups in place, with a plan that is kept between calls."""
+
+    def __init__(self) -> None:
+        self._triton = TritonPath()
+        self._no_state: dict[Tensor, dict[str, Any]] = {}
+
+    @property
+    def captured(self) -> list[Any]:
+        """What the replays of captured graphs read."""
+        return self._triton.captured
+
+    def clip_(self, groups: Sequence[dict[str, Any]], backend: str) -> None:
+        """Clip dense gradients on both paths; they have been checked.
+
+        Raises:
+            RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take.
+        """
+        capturing = is_capturing()
+        work = Work("", CLIP, groups, self._no_state, lambda group: [], backend, "propagate")
+        plan = self._triton.prepare(work, lambda: None, None, capturing, "clipping")
+        rest = list(enumerate(groups)) if plan is None else plan.rest(groups)
+        if plan is not None:
+            plan.begin(None, None, capturing)
+            plan.update()
+        for _, group in rest:
+            params = [p for p in group["params"] if p.grad is not None]
+            torch_path.clip_grads_(params, Clip.of(group))
+
+
+def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
+    """What would be launched for these parameters of each group, with or without gradients."""
+    if not any(taken):
+        return []
+    from agc_triton.triton_path.plan import preview as of_wing
+
+    return of_wing(work, taken)
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured; CUDA is asked only where it has been used."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+    return initialized and torch.cuda.is_current_stream_capturing()
+
+
+def _collect(work: Work, group: dict[str, Any]) -> Batches:
+    """What has a gradient; where torch objects, our own checks speak first."""
+    try:
+        if torch.get_default_device().type == "cpu":
+            return work.collect(group)
+        # torch makes step counts on the default device, and would look for them on a CPU.
+        with torch.device("cpu"):
+            return work.collect(group)
+    except Exception:
+        _check_all(work)
+        raise
+
+
+def _bring_counts(work: Work, lists: TensorLists, options: Mapping[str, Any]) -> None:
+    """Step counts that lie where torch would not take them are moved to their parameters.
+
+    So they do after training on one device goes on on another.
+    """
+    if not lists.steps:
+        return
+    (key,) = work.rule.kernel.scalars
+    beside = options.get("capturable") or options.get("fused")
+    for i, (param, step) in enumerate(zip(lists.params, lists.steps, strict=True)):
+        if step.device != param.device and (beside or not step.is_cpu):
+            lists.steps[i] = work.state[param][key] = step.to(param.device)
+
+
+def _check_all(work: Work) -> None:
+    for index in range(len(work.groups)):
+        _check(work, index)
+
+
+def _check(work: Work, index: int) -> None:
+    """Check a group before it is planned for."""
+    group = work.groups[index]
+    units = work.needs_units(group)
+    check_group(group, index, units=units)
+    if units:
+        check_gradients(group, index, work.name, work.nonfinite)
+    check_shapes(group, index, work.rule.kernel.states(group), work.state)
+
+
+def _check_finite(work: Work, found_inf: Tensor | None, capturing: bool) -> None:
+    if capturing:
+        raise RuntimeError(
+            "nonfinite='raise' waits for the device, which a CUDA graph cannot capture; use"
+            " nonfinite='skip_unit'"
+        )
+    # GradScaler's overflows are a matter of course, and skip the step anyway.
+    if found_inf is None or not found_inf.item():
+        check_finite(work.groups)
+
+
 @contextmanager
-def whole_states(state: MutableMapping[Tensor, Any]) -> Iterator[None]:
+def _whole_states(state: MutableMapping[Tensor, Any]) -> Iterator[None]:
     """Take back the states that were created before something failed, out of memory say.
 
     What is half there, or there without its first update, would change the next step.
@@ -45,216 +281,3 @@ def whole_states(state: MutableMapping[Tensor, Any]) -> Iterator[None]:
         for param in list(state)[known:]:
             del state[param]
         raise
-
-
-def limited(group: dict[str, Any], nonfinite: str) -> dict[str, Any]:
-    """The group; without clipping an infinite limit where units are needed all the same."""
-    if group["clipping"] or nonfinite != "skip_unit":
-        return group
-    return {**group, "clipping": math.inf}
-
-
-class Paths:
-    """What an optimizer keeps from step to step on both paths; it is never pickled."""
-
-    def __init__(self) -> None:
-        self.plan: OptimizerPlan | None = None
-        self.blocks, self.checked = BlockPlans(), CheckedGroups()
-        self.skipped = SkippedUnits()
-        self.captured: list[Any] = []  # as of FusedStep
-
-    def release(self) -> None:
-        """Let go of states that have been replaced; graphs keep what they captured."""
-        self.blocks = BlockPlans()
-        if self.plan is not None:
-            self.plan.release()
-
-    def step(self, work: Work, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Check and plan everything on both paths, then update.
-
-        Raises:
-            RuntimeError, TypeError, ValueError: as `AGCOptimizer.step`; nothing has been changed.
-        """
-        capturing = is_capturing()
-        if work.nonfinite == "raise":
-            if capturing:
-                raise RuntimeError(
-                    "nonfinite='raise' waits for the device, which a CUDA graph cannot capture; use"
-                    " nonfinite='skip_unit'"
-                )
-            # GradScaler's overflows are a matter of course, and skip the step anyway.
-            if found_inf is None or not found_inf.item():
-                check_finite(work.groups)
-        fits = self.plan is not None and self.plan.refresh(work)
-        rest = self.plan.rest(work.groups) if fits and self.plan else work.groups
-        if rest:
-            for index, group in enumerate(work.groups):
-                self._check(work, group, index)
-        with whole_states(work.state):
-            if not fits:
-                self.plan = self._planned(work, capturing)
-                if self.plan is not None:
-                    check_fits(self.plan.refresh(work))
-                    rest = self.plan.rest(work.groups)
-            # A host sync on CUDA, as GradScaler itself has for optimizers it cannot fuse with.
-            if rest and found_inf is not None and found_inf.item():
-                rest = []
-            ready = self._ready(work, rest, grad_scale, found_inf)
-        if self.plan is not None:
-            self.plan.run(grad_scale, found_inf, capturing)
-        for step in ready:
-            step()
-
-    def _planned(self, work: Work, capturing: bool) -> OptimizerPlan | None:
-        """The Triton path's plan, or None if nothing takes it."""
-        taken = [eligible(work.backend, group, i) for i, group in enumerate(work.groups)]
-        if not any(taken):
-            return None
-        _refuse_capture(capturing, "step()")
-        launcher = partial(launches().StepLauncher, skipped=self._skipping(work))
-        # Memory that is made in inference mode cannot be written to outside of it.
-        with torch.inference_mode(False):
-            return OptimizerPlan(work, taken, launcher, self.plan, self.captured)
-
-    def _ready(
-        self,
-        work: Work,
-        groups: list[dict[str, Any]],
-        scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> list[Callable[[], None]]:
-        """What steps these groups on the torch path, all of it checked before any of it runs."""
-        scale = None if scale is None else scale.reshape(())
-        check = partial(self._check_shapes, work)
-        ready: list[Callable[[], None]] = []
-        for index, (group, batches) in enumerate(_created(work, groups)):
-            if not group["clipping"]:
-                first = next(batches)
-                if first[0].misshapen:
-                    check(first[0].params, group)
-                args = work.rule, chain([first], batches), group, scale, found_inf
-                ready.append(partial(torch_path.step_unclipped, *args))
-                continue
-            clip = Clip.of(group, self._skipping(work))
-            for at, (lists, options) in enumerate(batches):
-                if not lists.params:
-                    self.blocks.drop((index, at))
-                    continue
-                plan = self.blocks.get((index, at), lists, options, clip, check)
-                ready.append(torch_path.ready(work.rule, plan, lists, options, clip, scale))
-        return ready
-
-    def _skipping(self, work: Work) -> SkippedUnits | None:
-        """Where skipped units are counted, if they are skipped."""
-        return self.skipped if work.nonfinite == "skip_unit" else None
-
-    def _check(self, work: Work, group: dict[str, Any], index: int) -> None:
-        group = limited(group, work.nonfinite)
-        if self.checked.holds(group, index):
-            check_options(group, f" in parameter group {index}")
-            return
-        check_group(group, index)
-        if not group["clipping"]:
-            return
-        for i, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"{work.name} does not support sparse gradients, as of"
-                    f" {tensor_name(group, index, i)}; wrap an optimizer that does"
-                    " (agc_triton.AGC(torch.optim.SparseAdam(...))), or set clipping=0"
-                    f"{' without skip_unit' if work.nonfinite == 'skip_unit' else ''}"
-                )
-            check_grad(param, grad, group, index, i)
-        self._check_shapes(work, [p for p in group["params"] if p.grad is not None], group)
-        self.checked.add(group, index)
-
-    def _check_shapes(self, work: Work, params: list[Tensor], group: Mapping[str, Any]) -> None:
-        keys = work.rule.kernel.states(group)
-        check_shapes(params, keys, work.state, work.groups)
-
-
-def _created(work: Work, groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Batches]]:
-    """The groups' batches; all states of all groups are created before any is updated."""
-    bounded = [limited(group, work.nonfinite) for group in groups]
-    batches = list(map(work.collect, bounded))
-    # A group's states are there with its first batch.
-    return [(group, chain([next(b)], b)) for group, b in zip(bounded, batches, strict=True)]
-
-
-class Clipper:
-    """Clips the gradients of parameter groups in place, with a plan that is kept between calls."""
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._taken: list[set[int]] = []
-        self._plan: ClipPlan | None = None
-        self.captured: list[Any] = []  # as of FusedStep
-
-    def clip_(self, groups: Sequence[Mapping[str, Any]], backend: str) -> list[list[Tensor]]:
-        """Clip on both paths; returns, per group, the parameters whose gradient is sparse.
-
-        Raises:
-            RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take.
-        """
-        of_groups = (
-            (*map(id, group["params"]), group["unit_dim"], bool(group["clipping"]))
-            for group in groups
-        )
-        key = (backend, *of_groups)
-        capturing = is_capturing()
-        if self._plan is None or key != self._key or not self._plan.refresh(groups):
-            self._key, self._plan = key, None
-            taken = [
-                eligible(backend, group, index) if group["clipping"] else []
-                for index, group in enumerate(groups)
-            ]
-            self._taken = [{id(p) for p in params} for params in taken]
-            if any(taken):
-                _refuse_capture(capturing, "clipping")
-                with torch.inference_mode(False):
-                    self._plan = ClipPlan(groups, taken, launches().StepLauncher, self.captured)
-                check_fits(self._plan.refresh(groups))
-        if self._plan is not None:
-            self._plan.run(capturing)
-        sparse = []
-        for group, ids in zip(groups, self._taken, strict=True):
-            rest = [p for p in group["params"] if id(p) not in ids and p.grad is not None]
-            sparse.append([p for p in rest if p.grad.layout is not torch.strided])
-            if group["clipping"]:
-                dense = [p for p in rest if p.grad.layout is torch.strided]
-                torch_path.clip_grads_(dense, Clip.of(group))
-        return sparse
-
-
-def buckets_of(
-    members: Sequence[tuple[Tensor, int | None, int]], states: int
-) -> tuple[Bucket, ...]:
-    """The launches over parameters of one dtype, each with its unit_dim and its group's index."""
-    tensors = [
-        TensorUnits(kernel_layout(p, unit_dim), p.data_ptr() % ALIGNMENT == 0, group)
-        for p, unit_dim, group in members
-    ]
-    return plan_buckets(tensors, members[0][0].dtype.to_real().itemsize, states).buckets
-
-
-def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _refuse_capture(capturing: bool, what: str) -> None:
-    """Plans need memory and copies that a capture allows none of."""
-    if capturing:
-        raise RuntimeError(
-            f"a CUDA graph cannot capture {what} without a plan for these parameters, options and"
-            f" layouts of gradients; run {what} once on them before the capture"
-        )
-
-
-def check_fits(fits: bool) -> None:
-    """Refuse to launch with tables that do not hold what is there now."""
-    if not fits:
-        raise AssertionError("a new plan does not fit what it was made from; please report this")

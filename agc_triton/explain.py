@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton.dispatch import Bucket, buckets_of
+from agc_triton.dispatch import preview
 from agc_triton.routing import reasons
 from agc_triton.rule import Work
-from agc_triton.units import has_units, resolve_unit_dim
+from agc_triton.units import count_units, has_units
+
+if TYPE_CHECKING:
+    from agc_triton.dispatch import Bucket
 
 COLUMNS = [
     *("backend", "why", "device", "dtype", "class", "tensors", "units", "elements", "tile"),
@@ -23,29 +27,25 @@ COLUMNS = [
 
 def explain(work: Work, bandwidth: float) -> pd.DataFrame:
     """The table behind `AGCOptimizer.explain`: every parameter, with or without a gradient."""
-    kernel = work.rule.kernel
-    fused: defaultdict[tuple[Any, ...], list[tuple[Tensor, int | None, int]]] = defaultdict(list)
-    others: defaultdict[tuple[Any, ...], list[tuple[Tensor, int, int]]] = defaultdict(list)
-    for index, group in enumerate(work.groups):
-        states, flags = len(kernel.states(group)), kernel.flags(group)
-        for param, reason in zip(group["params"], reasons(work.backend, group), strict=True):
-            if is_lazy(param):
+    taken: list[list[Tensor]] = []
+    others: defaultdict[tuple[str, str, str], list[tuple[Tensor, int, int]]] = defaultdict(list)
+    for group in work.groups:
+        states = len(work.rule.kernel.states(group))
+        taken.append([])
+        for p, reason in zip(group["params"], reasons(work.backend, group), strict=True):
+            if is_lazy(p):
                 continue
-            kind = (str(param.device), str(param.dtype).removeprefix("torch."))
             if reason is None:
-                key = (*kind, param.dtype, states, flags)
-                fused[key].append((param, group["unit_dim"], index))
+                taken[-1].append(p)
             else:
-                known = has_units(param.shape, group["unit_dim"])
-                dim = resolve_unit_dim(param.shape, group["unit_dim"]) if known else None
-                count = 1 if dim is None else param.shape[dim]
-                others[(*kind, reason)].append((param, states, count))
+                others[(*_kind(p.device, p.dtype), reason)].append((p, states, _units(p, group)))
     rows = []
-    for (device, dtype, stored, states, _), tensors in fused.items():
-        rows.append(_row("triton", "", device, dtype, "begin", launches=1))
-        for bucket in buckets_of(tensors, states):
-            described = _describe(bucket, stored, states)
-            rows.append(_row("triton", "", device, dtype, **described))
+    for launched in preview(work, taken):
+        kind = _kind(launched.device, launched.dtype)
+        rows.append(_row("triton", "", *kind, "begin", launches=1))
+        for bucket in launched.buckets:
+            described = _describe(bucket, launched.dtype, launched.states)
+            rows.append(_row("triton", "", *kind, **described))
     for (device, dtype, reason), members in others.items():
         moved = sum(p.numel() * p.element_size() * (3 + 2 * states) for p, states, _ in members)
         sizes = {
@@ -60,6 +60,17 @@ def explain(work: Work, bandwidth: float) -> pd.DataFrame:
     table.loc[len(table)] = _row("", "", "", "", "total", **total)
     table["floor_ms"] = table["bytes"] / bandwidth * 1e3
     return table
+
+
+def _kind(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    return str(device), str(dtype).removeprefix("torch.")
+
+
+def _units(param: Tensor, group: Mapping[str, Any]) -> int:
+    """How many units a parameter has; 1 where its ``unit_dim`` means nothing."""
+    if not has_units(param.shape, group["unit_dim"]):
+        return 1
+    return count_units(param.shape, group["unit_dim"])
 
 
 def _describe(bucket: Bucket, dtype: torch.dtype, states: int) -> dict[str, Any]:

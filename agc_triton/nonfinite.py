@@ -30,18 +30,17 @@ class SkippedUnits:
     """Counts units that were left alone, on their devices; only `total` waits for these."""
 
     def __init__(self) -> None:
-        self._slots: dict[torch.device, list[Tensor]] = {}
+        self._by_unit: dict[torch.device, list[Tensor]] = {}
+        self._found: dict[torch.device, Tensor] = {}
 
-    def slots(self, device: torch.device, n: int) -> Tensor:
-        """At least ``n`` counts that are added up with all others: a kernel's program has its own.
+    def by_unit(self, device: torch.device, n: int) -> Tensor:
+        """At least ``n`` counts, for kernels to add to.
 
         Counts handed out earlier stay, as a captured graph may write to them.
         """
-        counts = self._slots.setdefault(device, [])
+        counts = self._by_unit.setdefault(device, [])
         if not counts or len(counts[-1]) < n:
-            # What is made in inference mode cannot be written to outside of it.
-            with torch.inference_mode(False):
-                counts.append(torch.zeros(n, dtype=torch.int64, device=device))
+            counts.append(torch.zeros(n, dtype=torch.int64, device=device))
         return counts[-1]
 
     def find(self, norms: Tensor) -> Tensor:
@@ -51,34 +50,34 @@ class SkippedUnits:
         """
         bad = ~torch.isfinite(norms.detach() * norms.detach())
         count = _all_of(bad.sum())
-        self.slots(count.device, 1)[:1].add_(count)
+        if count.device not in self._found:
+            # What is made in inference mode cannot be written to outside of it.
+            with torch.inference_mode(False):
+                self._found[count.device] = torch.zeros_like(count)
+        self._found[count.device].add_(count)
         return bad
 
     def total(self) -> int:
         """All units counted so far."""
-        return sum(int(count.sum()) for counts in self._slots.values() for count in counts)
+        by_unit = [count.sum() for counts in self._by_unit.values() for count in counts]
+        return sum(map(int, [*by_unit, *self._found.values()]))
 
 
-class Kept:
+class SavedUnits:
     """A copy of the units to leave alone, of parameters and states that an update overwrites.
 
-    ``factors`` are NaN for these units; they broadcast against the ``tensors`` along all dimensions
-    but the units' own. One 0-dim factor is that of contiguous tensors of one unit.
+    ``factors`` are NaN for these units; they broadcast against the ``tensors``.
     """
 
     def __init__(self, tensors: Sequence[Tensor], factors: Tensor) -> None:
-        if factors.dim() == 0:
-            tensors = [t.view(1, -1) for t in tensors]
-        sizes = factors.shape or (1,)
-        self._dim = sizes.index(max(sizes))
-        self._at = factors.isnan().flatten().nonzero().flatten()
-        self._tensors = tensors if len(self._at) else ()
-        self._values = [t.index_select(self._dim, self._at) for t in self._tensors]
+        self._bad = factors.isnan()
+        self._tensors = tensors if self._bad.any() else ()
+        self._values = [tensor.masked_select(self._bad) for tensor in self._tensors]
 
     def restore(self) -> None:
         """Put them back."""
         for tensor, values in zip(self._tensors, self._values, strict=True):
-            tensor.index_copy_(self._dim, self._at, values)
+            tensor.masked_scatter_(self._bad, values)
 
 
 def update_others(update: Update, lists: TensorLists, bad: Sequence[Tensor]) -> None:

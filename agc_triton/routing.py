@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton.units import PLAIN, has_units, memory_order
+from agc_triton.units import PLAIN, has_units, memory_order, unit_layout
 from agc_triton.validation import tensor_name
 
 BACKENDS = ("auto", "triton", "torch")
@@ -48,16 +48,20 @@ def kernels_missing() -> str | None:
         version = importlib.import_module("triton").__version__
         if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
             return f"triton {version} is older than {'.'.join(map(str, TRITON_NEEDED))}"
-        importlib.import_module("agc_triton.triton_path.launches")
+        importlib.import_module("agc_triton.kernels.step")
     except (ImportError, ValueError) as error:
         return f"the kernels cannot be imported ({error})"
     return None
 
 
 @functools.cache
-def launches() -> Any:
-    """The module that launches kernels, which imports Triton."""
-    return importlib.import_module("agc_triton.triton_path.launches")
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    from triton.runtime import JITFunction
+
+    from agc_triton.kernels.step import step
+
+    return not isinstance(step, JITFunction)
 
 
 def asks_for_torch(group: Mapping[str, Any]) -> str | None:
@@ -103,7 +107,7 @@ def _why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | N
         return "it has no shape yet"
     if param.numel() == 0:
         return "it is empty"
-    if not param.is_cuda and (backend == "auto" or not launches().interpreted()):
+    if not param.is_cuda and (backend == "auto" or not interpreted()):
         return f"it is on {param.device}, and Triton needs a GPU"
     if missing := kernels_missing():
         return missing
@@ -111,12 +115,16 @@ def _why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | N
         return f"a {type(param).__name__} is not a plain tensor"
     if param.dtype.to_real() not in DTYPES:
         return f"its dtype is {param.dtype}"
-    if memory_order(param) is None:
+    order = memory_order(param)
+    if order is None:
         return "it is not dense in memory"
     if param.is_conj() or param.is_neg():
         return "it is a view that conjugates or negates"
-    if not group["clipping"] and not has_units(param.shape, group["unit_dim"]):
-        return f"unit_dim={group['unit_dim']} is out of range"
+    if not has_units(param.shape, group["unit_dim"]):
+        # With clipping it is refused.
+        return None if group["clipping"] else f"unit_dim={group['unit_dim']} is out of range"
+    if unit_layout(param.shape, order, group["unit_dim"]) is None:
+        return f"its units (unit_dim={group['unit_dim']}) are scattered in memory"
     if param.grad is not None and param.grad.layout is not torch.strided:
         return "its gradient is sparse"
     return None
@@ -128,14 +136,20 @@ def may_use_triton(backend: str, params: list[Tensor]) -> bool:
     return wanted and kernels_missing() is None
 
 
+def wants_triton(backend: str, group: Mapping[str, Any]) -> bool:
+    """Whether a group's parameters are to be looked at for the kernels."""
+    if backend == "auto":
+        return any(param.is_cuda for param in group["params"])
+    return backend == "triton"
+
+
 def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]:
     """The parameters of a group that the kernels take.
 
     Raises:
         RuntimeError: ``backend="triton"`` and one that they cannot take.
     """
-    on_gpu = any(param.is_cuda for param in group["params"])
-    if backend == "torch" or (backend == "auto" and not on_gpu):
+    if not wants_triton(backend, group):
         return []
     taken = []
     pairs = zip(group["params"], reasons(backend, group), strict=True)

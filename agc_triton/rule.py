@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,20 +21,14 @@ class TensorLists(NamedTuple):
     states: tuple[list[Tensor], ...]
     steps: list[Tensor]
 
-    @property
-    def misshapen(self) -> bool:
-        """Whether a state has not the shape of its parameter; one not yet there has none."""
-        pairs = (zip(self.params, role, strict=True) for role in self.states if role)
-        return any(s is not None and s.shape != p.shape for role in pairs for p, s in role)
-
     def select(self, indices: list[int]) -> TensorLists:
         """The entries at these indices."""
-        states = tuple(at(indices, state) for state in self.states)
-        params, grads, steps = (at(indices, t) for t in (self.params, self.grads, self.steps))
+        states = tuple(pick(indices, state) for state in self.states)
+        params, grads, steps = (pick(indices, t) for t in (self.params, self.grads, self.steps))
         return TensorLists(params, grads, states, steps)
 
 
-def at(indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
+def pick(indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
     """The tensors at ascending indices, if there are any."""
     if len(indices) == len(tensors):  # mostly, and once per tensor and step is much
         return tensors
@@ -46,24 +40,32 @@ class KernelRule(NamedTuple):
 
     ``name`` is the rule in kernels/rules.py, ``flags(group)`` its compile-time options,
     ``states(group)`` the keys of a parameter's state tensors, and ``hyper(group)`` the rule's raw
-    values: numbers or one-element tensors.
+    values: numbers or one-element tensors. ``prepared`` is how many numbers ``NAME_prepare`` gives.
+    ``scalars`` are the keys of fp32 state tensors of one element that it counts on, and
+    ``own_scalars`` how many more of them it needs that torch keeps none of: 0 before a parameter's
+    first step, and 1 where its states are there already. ``writes_grad`` where the result is the
+    gradient's, not the parameter's.
     """
 
     name: str
     flags: Callable[[Mapping[str, Any]], int]
     states: Callable[[Mapping[str, Any]], tuple[str, ...]]
     hyper: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+    prepared: int
+    scalars: tuple[str, ...] = ()
+    own_scalars: int = 0
+    writes_grad: bool = False
 
     @property
-    def counts(self) -> bool:
-        """Whether the optimizer keeps step counts in its state."""
-        return self.name in ("adam", "rmsprop")
+    def n_scalars(self) -> int:
+        """All scalars of a parameter."""
+        return len(self.scalars) + self.own_scalars
 
 
 Update = Callable[[TensorLists], None]
 
 # What an optimizer updates in one step of a group, each with the group's options.
-Batches = Iterator[tuple[TensorLists, Mapping[str, Any]]]
+Batches = list[tuple[TensorLists, Mapping[str, Any]]]
 
 
 class Rule(NamedTuple):
@@ -90,11 +92,15 @@ class Work(NamedTuple):
 
     name: str
     rule: Rule
-    groups: list[dict[str, Any]]
+    groups: Sequence[dict[str, Any]]
     state: MutableMapping[Tensor, dict[str, Any]]
     collect: Callable[[dict[str, Any]], Batches]
     backend: str
     nonfinite: str
+
+    def needs_units(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group's units are clipped, or skipped where they are not finite."""
+        return bool(group["clipping"]) or self.nonfinite == "skip_unit"
 
 
 def number(value: Any) -> float:

@@ -1,12 +1,12 @@
-"""Whether tensors are still laid out as they were, asked before every step."""
+"""The one way to ask whether a plan still fits what it was made for, before every step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 # What torch.compile asks before it runs compiled code: one call for all tensors, in a fifth of the
 # time of asking each for its shape, strides and dtype. Private, so it may be missing.
@@ -20,13 +20,14 @@ class Layouts:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.kinds = [(t.dtype, t.device) for t in tensors]
         self.shapes = [t.shape for t in tensors]
-        self.strides = [t.stride() for t in tensors]
+        strided = all(t.layout is torch.strided for t in tensors)
+        self.strides = [t.stride() for t in tensors] if strided else None
         self._guards: Any = None
 
     def fit(self, tensors: Sequence[Any]) -> bool:
         """Whether each of these has its shape, strides, dtype and device, and no lazy bits.
 
-        None and sparse tensors do not.
+        None and sparse tensors never do.
         """
         if self._guards is not None and self._guards.check(*tensors):
             return True
@@ -48,8 +49,90 @@ class Layouts:
         if TensorGuards is None:
             return None
         sizes = [list(shape) for shape in self.shapes]
-        strides = [list(stride) for stride in self.strides]
+        strides = [list(stride) for stride in self.strides or ()]
         try:
             return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         except (TypeError, RuntimeError):  # another torch may make them otherwise
             return None
+
+
+class Look(NamedTuple):
+    """What a plan was made for, or what there is now.
+
+    ``key`` holds the options and the identities of containers that shape the plan; ``fixed`` are
+    the tensors whose addresses and layouts it holds, ``loose`` those of which it knows the layouts
+    alone.
+    """
+
+    key: Any
+    fixed: list[Tensor]
+    loose: list[Tensor]
+
+
+class Snapshot:
+    """Where tensors lay, and how, when a plan was made; it keeps no tensor alive.
+
+    With ``views`` the plan keeps views of the fixed tensors. Their memory is held then, as
+    ``resize_(0)`` may free it under them.
+    """
+
+    def __init__(self, seen: Look, views: bool) -> None:
+        self._key = seen.key
+        self._layouts = Layouts(seen.fixed + seen.loose)
+        self._addresses = list(map(Tensor.data_ptr, seen.fixed))
+        self._memory = list(map(Tensor.untyped_storage, seen.fixed)) if views else []
+        self._starts = list(map(UntypedStorage.data_ptr, self._memory))
+
+    def holds(self, now: Look) -> bool:
+        """Whether everything is as it was."""
+        return (
+            now.key == self._key
+            and list(map(Tensor.data_ptr, now.fixed)) == self._addresses
+            and list(map(UntypedStorage.data_ptr, self._memory)) == self._starts
+            and self._layouts.fit(now.fixed + now.loose if now.loose else now.fixed)
+        )
+
+
+P = TypeVar("P")
+
+
+class Cached(Generic[P]):
+    """A plan that is kept until something that it was made for has changed."""
+
+    def __init__(self, *, views: bool = False) -> None:
+        self.plan: P | None = None
+        self._views = views
+        self._seen: Snapshot | None = None
+
+    def get(
+        self,
+        look: Callable[[Any], Look | None],
+        make: Callable[[], P],
+        write: Callable[[Any], bool] = lambda plan: True,
+    ) -> P:
+        """The plan; a new one if there is none or it does not fit.
+
+        ``look`` gives what there is now for a plan, or None where that is plainly something else;
+        ``write`` brings one that fits up to date, or asks for another with False. ``make`` checks,
+        creates what is missing and plans, or gives None where nothing is to be planned. It may
+        raise, and then has changed nothing.
+        """
+        if self.plan is not None and self._seen is not None:
+            now = look(self.plan)
+            if now is not None and self._seen.holds(now) and write(self.plan):
+                return self.plan
+        self.drop()
+        # Memory that is made in inference mode cannot be written to outside of it.
+        with torch.inference_mode(False):
+            plan = make()
+        if plan is None:
+            return plan
+        seen = look(plan)
+        if seen is None:
+            raise AssertionError("a new plan does not fit what it was made from; please report it")
+        self.plan, self._seen = plan, Snapshot(seen, self._views)
+        return plan
+
+    def drop(self) -> None:
+        """Let go of the plan, which may hold the last of the memory."""
+        self.plan = self._seen = None

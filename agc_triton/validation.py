@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from agc_triton.rule import KernelRule
-from agc_triton.snapshot import Layouts
-from agc_triton.units import PLAIN, resolve_unit_dim
+from agc_triton.units import UnitDim, split_dims, unit_axes
 
 # What norms in fp32 can be compared with.
 LARGEST = torch.finfo(torch.float32).max
@@ -20,14 +19,15 @@ LARGEST = torch.finfo(torch.float32).max
 AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
 
 
-def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Check ``clipping``, ``agc_eps`` and ``unit_dim``; ``where`` ends the message.
+def check_options(options: Mapping[str, Any], index: int | None = None) -> None:
+    """Check ``clipping``, ``agc_eps`` and ``unit_dim``, of the parameter group of this index.
 
     Raises:
         TypeError: a value of the wrong type.
         ValueError: a value out of range.
     """
     clipping, agc_eps, unit_dim = (options[key] for key in AGC_OPTIONS)
+    where = "" if index is None else f" in parameter group {index}"
     if clipping is not None and not _is_real(clipping):
         raise TypeError(f"clipping must be a float or None, not {type(clipping).__name__}{where}")
     if clipping is not None and not clipping >= 0.0:
@@ -45,28 +45,29 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
             f"Invalid agc_eps value: {agc_eps}{where}; it must be finite, >= 0 and at most"
             f" {LARGEST:.2g}"
         )
-    if unit_dim is not None and (isinstance(unit_dim, bool) or not isinstance(unit_dim, int)):
-        raise TypeError(f"unit_dim must be an int or None, not {type(unit_dim).__name__}{where}")
+    if unit_dim is not None and unit_dim != "tensor":
+        try:
+            split_dims(unit_dim)
+        except TypeError as error:
+            raise TypeError(f"{error}{where}") from None
 
 
-def check_group(group: Mapping[str, Any], index: int) -> None:
-    """Check one parameter group's AGC options and whether its parameters have units at all.
+def check_group(group: Mapping[str, Any], index: int, *, units: bool) -> None:
+    """Check one parameter group's AGC options and, if needed, whether its parameters have units.
 
     Raises:
         TypeError: an option of the wrong type, or an FSDP1 flat parameter.
         ValueError: an option out of range.
     """
-    check_options(group, f" in parameter group {index}")
-    if not group["clipping"]:
-        return
-    for i, param in enumerate(group["params"]):
+    check_options(group, index)
+    for i, param in enumerate(group["params"] if units else ()):
         # A parameter without a shape yet is checked at the step of its first gradient.
         if not is_lazy(param):
             check_param(param, group["unit_dim"], group, index, i)
 
 
 def check_param(
-    param: Tensor, unit_dim: int | None, group: Mapping[str, Any], index: int, i: int
+    param: Tensor, unit_dim: UnitDim, group: Mapping[str, Any], index: int, i: int
 ) -> None:
     """Check that a parameter, the i-th of group ``index``, has units.
 
@@ -81,36 +82,29 @@ def check_param(
             " (FSDP2) or clipping=0"
         )
     try:
-        resolve_unit_dim(param.shape, unit_dim)
+        unit_axes(param.shape, unit_dim)
     except ValueError as error:
         raise ValueError(f"{error}: {tensor_name(group, index, i)}") from None
 
 
-class CheckedGroups:
-    """Which groups' parameters and gradients have been checked, laid out as they are now."""
+def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfinite: str) -> None:
+    """Check that a group's gradients can be clipped by an optimizer of this name.
 
-    def __init__(self) -> None:
-        self._passed: dict[int, tuple[Any, Layouts]] = {}
-
-    def holds(self, group: Mapping[str, Any], index: int) -> bool:
-        """Whether the checks would pass, as nothing that they look at has changed."""
-        if index not in self._passed:
-            return False
-        known, layouts = self._passed[index]
-        tensors, key = self._seen(group)
-        return key == known and layouts.fit(tensors)
-
-    def add(self, group: Mapping[str, Any], index: int) -> None:
-        """Remember that a group's checks have passed."""
-        tensors, key = self._seen(group)
-        if tensors and all(type(t) in PLAIN for t in tensors):
-            self._passed[index] = key, Layouts(tensors)
-
-    def _seen(self, group: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
-        """Parameters that have a gradient and these gradients; what else is looked at."""
-        params = [p for p in group["params"] if p.grad is not None]
-        key = group["unit_dim"], [(id(p), _is_flat(p)) for p in params]
-        return [*params, *(p.grad for p in params)], key
+    Raises:
+        RuntimeError: one is sparse, or its dtype, device or shape is not its parameter's.
+    """
+    for i, param in enumerate(group["params"]):
+        grad = param.grad
+        if grad is None:
+            continue
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{optimizer} does not support sparse gradients, as of"
+                f" {tensor_name(group, index, i)}; wrap an optimizer that does"
+                " (agc_triton.AGC(torch.optim.SparseAdam(...))), or set clipping=0"
+                f"{' without skip_unit' if nonfinite == 'skip_unit' else ''}"
+            )
+        check_grad(param, grad, group, index, i)
 
 
 def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -139,35 +133,36 @@ def check_in_place(grad: Tensor, group: Mapping[str, Any], index: int, i: int) -
 def check_states(
     param: Tensor, states: Mapping[str, Any], group: Mapping[str, Any], index: int, i: int
 ) -> None:
-    """Check that a parameter's states, but for its step count, can be walked in step with it.
+    """Check that these states of a parameter can be walked in step with it.
 
     Raises:
         RuntimeError: dtype, device or shape differ.
     """
     remedy = "convert the state along with the parameter"
     for key, state in states.items():
-        if key != "step" and isinstance(state, Tensor):
+        if isinstance(state, Tensor):
             _check_alike(param, state, f"{key}'s", remedy, group, index, i)
 
 
 def check_shapes(
-    params: Sequence[Tensor],
+    group: Mapping[str, Any],
+    index: int,
     keys: Sequence[str],
     states: Mapping[Tensor, Mapping[str, Any]],
-    groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Check that the states of some parameters of these groups have the parameters' shapes.
+    """Check that the states of parameters with a gradient have their shapes.
 
     What updates a part of both takes them for the same part.
 
     Raises:
         RuntimeError: one has another shape.
     """
-    for param in params:
-        for key, shape in _misshapen(param, states.get(param, {}), keys):
+    for i, param in enumerate(group["params"]):
+        entry = {} if param.grad is None else states.get(param, {})
+        for key, shape in _misshapen(param, entry, keys):
             raise RuntimeError(
                 f"{key}'s shape {shape} differs from the parameter's for"
-                f" {_name_in(groups, param)}; resize the state along with the parameter, or"
+                f" {tensor_name(group, index, i)}; resize the state along with the parameter, or"
                 " start it anew with del optimizer.state[parameter]"
             )
 
@@ -210,7 +205,7 @@ def check_loaded(
             " optimizer"
         ) from None
     # SGD counts no steps, and its only state may start later than the others' do.
-    needed = ("step", *keys) if rule.counts else ()
+    needed = (*rule.scalars, *keys) if rule.scalars else ()
     for i, param in enumerate(group["params"]):
         entry = states.get(param, {})
         for key, shape in _misshapen(param, entry, keys):
@@ -259,15 +254,6 @@ def _overlaps(tensor: Tensor) -> bool:
             return len(set(placed.flatten().tolist())) < tensor.numel()
         reach += step * (size - 1)
     return False
-
-
-def _name_in(groups: Sequence[Mapping[str, Any]], param: Tensor) -> str:
-    return next(
-        tensor_name(group, index, i)
-        for index, group in enumerate(groups)
-        for i, other in enumerate(group["params"])
-        if other is param
-    )
 
 
 def _is_flat(param: Tensor) -> bool:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,10 +23,10 @@ import triton
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
-from agc_triton.triton_path import launches
-from agc_triton.triton_path.buckets import Bucket, BucketPlan, TensorUnits, plan_buckets
-from agc_triton.units import memory_order, unit_layout
+from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, routing
+from agc_triton.triton_path.buckets import BucketPlan, TensorUnits, plan_buckets
+from agc_triton.triton_path.launch_group import kernel_layout
+from agc_triton.triton_path.launches import Kernel
 from benchmarks.lib.arguments import check_file, parser_of
 from benchmarks.lib.compiled import (
     MAX_WARPS_PER_SM,
@@ -58,21 +58,13 @@ ARCHS = ("75", "80", "86", "87", "89", "90", "100", "120")
 BANDWIDTH = {"A100": 2.039, "H100": 3.35, "H200": 4.8}
 
 
-class Kernel(NamedTuple):
-    """What an optimizer asks of the kernels."""
-
-    rule: str
-    flags: int
-    states: int
-
-
 @functools.cache
-def kernel_of(optimizer: str) -> Kernel:
-    """The rule, flags and number of states of one of `OPTIMIZERS`."""
+def kernel_of(optimizer: str, dtype: torch.dtype) -> Kernel:
+    """What one of `OPTIMIZERS` asks of the kernels for parameters of a dtype."""
     make, options = OPTIMIZERS[optimizer]
     made = make([Parameter(torch.zeros(1))], **options)
-    kernel, group = made.rule.kernel, made.param_groups[0]
-    return Kernel(kernel.name, kernel.flags(group), len(kernel.states(group)))
+    rule, group = made.rule.kernel, made.param_groups[0]
+    return Kernel(rule, rule.flags(group), len(rule.states(group)), dtype, dtype, dtype)
 
 
 @functools.cache
@@ -81,19 +73,17 @@ def plan_model(model: str, dtype: torch.dtype, states: int, groups: int = 1) -> 
     tensors = []
     for i, shape in enumerate(load_shapes(model)):
         tensor = torch.empty(shape, device="meta")
-        order = memory_order(tensor)
-        assert order is not None
-        tensors.append(TensorUnits(unit_layout(tensor.shape, order, None), True, i % groups))
+        tensors.append(TensorUnits(kernel_layout(tensor, None), True, i % groups))
     return plan_buckets(tensors, dtype.itemsize, states)
 
 
-def bucket_row(
-    bucket: Bucket, optimizer: str, dtype: torch.dtype, arch: str, elements: int
-) -> dict[str, Any]:
+def bucket_row(plan: BucketPlan, at: int, kernel: Kernel, arch: str) -> dict[str, Any]:
     """One launch of a step: its tile shape and its machine code."""
-    kernel, shape = kernel_of(optimizer), bucket.shape
-    states = kernel.states
-    code = step_code(shape, *kernel, dtype, arch)
+    bucket, elements = plan.buckets[at], sum(bucket.elements for bucket in plan.buckets)
+    shape, dtype, states = bucket.shape, kernel.param, kernel.states
+    first, last = at == 0, at == len(plan.buckets) - 1
+    code = step_code(shape, kernel, arch, first, last)
+    ordered = (code.waits, code.triggers) == (1 if first else 2, 0 if last else 1)
     warps = resident_warps(code.registers, shape.num_warps)
     # How often each thread touches one role, where it reads its share `vector` elements at a time.
     times = shape.rows * shape.columns * shape.chunks // (32 * shape.num_warps * shape.vector)
@@ -118,6 +108,8 @@ def bucket_row(
         "load_bits": _listed(code.loads),
         "store_bits": _listed(code.stores),
         "access_bits": width,
+        "evict_first": code.evict_first / (code.loads[width] + code.stores[width]),
+        "dependent_launch": "yes" if ordered else "no",
         "loads_per_element": role_loads if exact else float("nan"),
         "stores_per_element": role_stores if exact else float("nan"),
         "bytes_per_parameter": bucket.bytes_moved(dtype.itemsize, states) / bucket.elements,
@@ -137,13 +129,13 @@ def report(
     rows = []
     work = list(product(models, optimizers, dtypes, archs))
     for model, optimizer, dtype_name, arch in tqdm(work, desc="kernels", disable=None):
-        dtype, kernel = DTYPES[dtype_name], kernel_of(optimizer)
+        dtype = DTYPES[dtype_name]
+        kernel = kernel_of(optimizer, dtype)
         plan = plan_model(model, dtype, kernel.states)
         many = plan_model(model, dtype, kernel.states, groups=50)
-        elements = sum(bucket.elements for bucket in plan.buckets)
         moved = sum(b.bytes_moved(dtype.itemsize, kernel.states) for b in plan.buckets)
-        compile_begin(plan, kernel.rule, dtype, arch)
-        for bucket in plan.buckets:
+        compile_begin(plan, kernel, arch)
+        for at in range(len(plan.buckets)):
             rows.append(
                 {
                     "model": model,
@@ -153,7 +145,7 @@ def report(
                     # One copy of the tables, `begin`, and `step` once per bucket.
                     "launches": 2 + len(plan.buckets),
                     "launches_50_groups": 2 + len(many.buckets),
-                    **bucket_row(bucket, optimizer, dtype, arch, elements),
+                    **bucket_row(plan, at, kernel, arch),
                     **{f"predicted_ms_{gpu}": moved / tb / 1e9 for gpu, tb in BANDWIDTH.items()},
                     "triton": triton.__version__,
                 }
@@ -191,15 +183,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/kernel_report.csv"))
     args = parser.parse_args(argv)
     check_file(parser, args.out)
-    if launches.interpreted():
+    if routing.interpreted():
         parser.error("kernels are not compiled under TRITON_INTERPRET=1; unset it")
     table = report(args.models, args.optimizers, args.dtypes, args.arch)
     write(table, args.out)
     print(summary(table).to_string(index=False, float_format="{:.4g}".format))
-    adamw = kernel_of("AdamW")
+    adamw = kernel_of("AdamW", torch.float32)
     plan = plan_model(args.models[0], torch.float32, adamw.states)
-    compile_step(plan.buckets[-1].shape, *adamw, torch.float32, "gfx942")
-    compile_begin(plan, adamw.rule, torch.float32, "gfx942")
+    compile_step(plan.buckets[-1].shape, adamw, "gfx942")
+    compile_begin(plan, adamw, "gfx942")
     print(f"AdamW also compiles for gfx942. Every bucket's row is in {args.out}")
 
 

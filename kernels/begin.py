@@ -7,44 +7,48 @@ from agc_triton.kernels.layout import (
     ACTIVE,
     AGC_EPS,
     CLIPPING,
-    CONSTANTS,
     DIRECTION,
+    FIXED_VALUES,
     GRAD,
     INVERSE_SCALE,
     OF_RULE,
     PARAM,
-    STEP,
+    RULE_VALUES,
+    SCALARS,
     TENSOR_FIELDS,
     TILE_FIELDS,
     element,
     row,
 )
 from agc_triton.kernels.norms import sum_pairs
-from agc_triton.kernels.rules import FIXED_VALUES, RULE_CONSTANTS, RULE_VALUES
 
 
 @triton.jit
 def _prepare(
-    tensors_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
     addresses_ptr,
     groups_ptr,
     pointers_ptr,
-    constants_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
+    tensors_ptr,
+    prepared_ptr,
     n_tensors,
     PREPARE: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    N_PREPARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of constants per tensor; a tensor without gradient, or after an overflow, is idle."""
+    """One prepared row per tensor; a tensor without gradient, or after an overflow, is idle."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n_tensors
     active = mask & (tl.load(addresses_ptr + GRAD * n_tensors + i, mask=mask, other=0) != 0)
     active = active & (tl.load(found_inf_ptr + tl.zeros((BLOCK,), tl.int32)) == 0.0)
-    count_address = tl.load(addresses_ptr + STEP * n_tensors + i, mask=mask, other=0)
-    count_ptr = count_address.to(tl.pointer_type(tl.float32))
-    step = tl.load(count_ptr, mask=mask, other=0.0) + 1.0
-    tl.store(count_ptr, step, mask=active)
+    scalar_ptrs, scalars = (), ()
+    for k in tl.static_range(N_SCALARS):
+        address = tl.load(addresses_ptr + (SCALARS + k) * n_tensors + i, mask=mask, other=0)
+        scalar_ptr = address.to(tl.pointer_type(tl.float32))
+        scalar_ptrs = scalar_ptrs + (scalar_ptr,)
+        scalars = scalars + (tl.load(scalar_ptr, mask=mask, other=0.0),)
     group = tl.load(tensors_ptr + i * TENSOR_FIELDS + 3, mask=mask, other=0)
     raw_ptr = groups_ptr + group * (FIXED_VALUES + RULE_VALUES)
     raw = ()
@@ -55,46 +59,48 @@ def _prepare(
         given_ptr = address.to(tl.pointer_type(tl.float32))
         given = tl.load(given_ptr, mask=address != 0, other=0.0).to(tl.float64)
         raw = raw + (tl.where(address != 0, given, value),)
+    prepared, scalars = PREPARE(raw, scalars)
+    tl.static_assert(len(scalars) == N_SCALARS)
+    tl.static_assert(len(prepared) == N_PREPARED)
+    for k in tl.static_range(N_SCALARS):
+        tl.store(scalar_ptrs[k], scalars[k], mask=active)
     inverse = tl.full((BLOCK,), 1.0, tl.float64) / tl.load(grad_scale_ptr).to(tl.float64)
-    out = constants_ptr + i * CONSTANTS
+    out = prepared_ptr + i * (OF_RULE + N_PREPARED)
     tl.store(out + ACTIVE, tl.where(active, 1.0, 0.0).to(tl.float64), mask=mask)
     tl.store(out + CLIPPING, tl.load(raw_ptr, mask=mask, other=0.0), mask=mask)
     tl.store(out + AGC_EPS, tl.load(raw_ptr + 1, mask=mask, other=0.0), mask=mask)
     tl.store(out + INVERSE_SCALE, inverse, mask=mask)
     sign = tl.load(raw_ptr + 2, mask=mask, other=1.0)
     tl.store(out + DIRECTION, inverse * sign, mask=mask)
-    prepared = PREPARE(raw, step.to(tl.float64))
-    for k in tl.static_range(RULE_CONSTANTS):
-        if k < len(prepared):
-            tl.store(out + OF_RULE + k, prepared[k], mask=mask)
-        else:
-            tl.store(out + OF_RULE + k, tl.zeros((BLOCK,), tl.float64), mask=mask)
+    for k in tl.static_range(N_PREPARED):
+        tl.store(out + OF_RULE + k, prepared[k], mask=mask)
 
 
 @triton.jit
 def _sum_part(
+    grad_scale_ptr,
+    addresses_ptr,
     tile_ptr,
     tensors_ptr,
-    addresses_ptr,
-    partials_ptr,
-    grad_scale_ptr,
+    sums_ptr,
     n_tensors,
-    DTYPE: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
     STRIDED: tl.constexpr,
 ):
-    """Sums of squares of p and g over one span of a long unit, into its two slots."""
-    tensor, offset = tl.load(tile_ptr), tl.load(tile_ptr + 1)
-    start, slot = tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)
+    """Sums of squares of p and g over one span of a long unit, into a pair of its own."""
+    tensor, offset, start = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     fields = tensors_ptr + tensor * TENSOR_FIELDS
     length, inner, stride = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
     end = tl.minimum(start + tl.load(fields + 4), length)
+    sums_ptr += 2 * tl.load(tile_ptr + 4)
     inverse = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
-    p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, DTYPE, VECTOR)
+    p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, P_DTYPE, VECTOR)
     g_address = tl.load(addresses_ptr + GRAD * n_tensors + tensor)
-    g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, DTYPE, VECTOR)
+    g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, G_DTYPE, VECTOR)
     p_squares = tl.zeros((1, COLUMNS), COMPUTE)
     g_squares = tl.zeros((1, COLUMNS), COMPUTE)
     while (start < end) & (g_address != 0):
@@ -109,25 +115,28 @@ def _sum_part(
         start += COLUMNS
     p_sum, g_sum = sum_pairs(p_squares, g_squares)
     pair = tl.arange(0, 1)
-    tl.store(partials_ptr + 2 * slot + pair, p_sum)
-    tl.store(partials_ptr + 2 * slot + 1 + pair, g_sum)
+    tl.store(sums_ptr + pair, p_sum)
+    tl.store(sums_ptr + 1 + pair, g_sum)
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_prepare"])
 def begin(
-    tensors_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
     addresses_ptr,
     groups_ptr,
     pointers_ptr,
-    constants_ptr,
+    tensors_ptr,
+    prepared_ptr,
     tiles_ptr,
-    partials_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
+    sums_ptr,
     n_tensors,
     n_prepare,
     PREPARE: tl.constexpr,
-    DTYPE: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    N_PREPARED: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -138,26 +147,29 @@ def begin(
     """The first ``n_prepare`` programs prepare ``BLOCK`` tensors each, the others sum one span."""
     if tl.program_id(0) < n_prepare:
         _prepare(
-            tensors_ptr,
+            grad_scale_ptr,
+            found_inf_ptr,
             addresses_ptr,
             groups_ptr,
             pointers_ptr,
-            constants_ptr,
-            grad_scale_ptr,
-            found_inf_ptr,
+            tensors_ptr,
+            prepared_ptr,
             n_tensors,
             PREPARE,
+            N_SCALARS,
+            N_PREPARED,
             BLOCK,
         )
     elif HAS_SPLIT:
         _sum_part(
+            grad_scale_ptr,
+            addresses_ptr,
             tiles_ptr + (tl.program_id(0) - n_prepare).to(tl.int64) * TILE_FIELDS,
             tensors_ptr,
-            addresses_ptr,
-            partials_ptr,
-            grad_scale_ptr,
+            sums_ptr,
             n_tensors,
-            DTYPE,
+            P_DTYPE,
+            G_DTYPE,
             COMPUTE,
             COLUMNS,
             VECTOR,

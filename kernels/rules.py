@@ -1,18 +1,13 @@
-"""One update rule per optimizer: how its row of constants is prepared, and one element's update.
+"""One update rule per optimizer: what is prepared for a whole tensor, and one element's update.
 
-``NAME_prepare(raw, step)`` turns a parameter group's raw values (fp64 blocks over tensors, in the
-order of the optimizer's ``hyper``) into the constants that ``NAME(p, g, states, h, FLAGS)`` reads
-as ``h``. ``g`` is clipped, unscaled and negated for maximize. The rules follow torch.optim 2.13.
+``NAME_prepare(raw, scalars)`` turns a parameter group's raw values (fp64 blocks over tensors, in
+the order of the optimizer's ``hyper``) and the rule's scalars before the step (fp32 blocks) into
+the numbers that ``NAME(p, g, states, h, FLAGS)`` reads as ``h``, and the scalars after it. ``g`` is
+clipped, unscaled and negated for maximize. The rules follow torch.optim 2.13.
 """
 
 import triton
 import triton.language as tl
-
-from agc_triton.kernels import abi
-
-FIXED_VALUES = tl.constexpr(abi.FIXED_VALUES)
-RULE_VALUES = tl.constexpr(abi.RULE_VALUES)
-RULE_CONSTANTS = tl.constexpr(abi.RULE_CONSTANTS)
 
 SGD_MOMENTUM = tl.constexpr(1)
 SGD_NESTEROV = tl.constexpr(2)
@@ -22,18 +17,25 @@ RMSPROP_MOMENTUM = tl.constexpr(2)
 
 
 @triton.jit
-def sgd_prepare(raw, step):
-    """Momentum, weight of the new gradient, weight decay, lr."""
+def decayed(g, p, weight_decay):
+    """The gradient with L2 decay; without any, an infinite weight does not make it NaN."""
+    return g + weight_decay * tl.where(weight_decay == 0.0, 0.0, p)
+
+
+@triton.jit
+def sgd_prepare(raw, scalars):
+    """Momentum, weight of the new gradient, weight decay, lr; steps made."""
     lr, momentum, dampening, weight_decay = raw[0], raw[1], raw[2], raw[3]
+    step = scalars[0] + 1.0
     # The momentum buffer starts as the first gradient, without dampening.
     keep = tl.where(step == 1.0, 1.0, 1.0 - dampening)
-    return (momentum, keep, weight_decay, lr)
+    return (momentum, keep, weight_decay, lr), (step,)
 
 
 @triton.jit
 def sgd(p, g, states, h, FLAGS: tl.constexpr):
     """torch.optim.SGD: L2 decay, momentum with dampening, Nesterov."""
-    g = g + h[2] * p
+    g = decayed(g, p, h[2])
     new_states = ()
     if SGD_MOMENTUM & FLAGS:
         momentum_buffer = h[0] * states[0] + h[1] * g
@@ -46,13 +48,14 @@ def sgd(p, g, states, h, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def adam_prepare(raw, step):
-    """1 - beta1, beta2, 1 - beta2, L2, decay factor, step size, 1 / sqrt(correction), eps."""
+def adam_prepare(raw, scalars):
+    """1 - beta1, beta2, 1 - beta2, L2, decay factor, step size, 1 / sqrt(correction), eps; step."""
     lr, beta1, beta2, eps, weight_decay = raw[0], raw[1], raw[2], raw[3], raw[4]
     decoupled = raw[5]
-    bias_correction1 = 1.0 - tl.exp2(step * tl.log2(beta1))
-    bias_correction2 = 1.0 - tl.exp2(step * tl.log2(beta2))
-    return (
+    step = scalars[0] + 1.0
+    bias_correction1 = 1.0 - tl.exp2(step.to(tl.float64) * tl.log2(beta1))
+    bias_correction2 = 1.0 - tl.exp2(step.to(tl.float64) * tl.log2(beta2))
+    prepared = (
         1.0 - beta1,
         beta2,
         1.0 - beta2,
@@ -62,12 +65,13 @@ def adam_prepare(raw, step):
         1.0 / tl.sqrt(bias_correction2),
         eps,
     )
+    return prepared, (step,)
 
 
 @triton.jit
 def adam(p, g, states, h, FLAGS: tl.constexpr):
     """torch.optim.Adam and AdamW, with or without amsgrad."""
-    g = g + h[3] * p
+    g = decayed(g, p, h[3])
     exp_avg = states[0] + h[0] * (g - states[0])
     exp_avg_sq = h[1] * states[1] + h[2] * g * g
     new_states = (exp_avg, exp_avg_sq)
@@ -80,16 +84,16 @@ def adam(p, g, states, h, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def rmsprop_prepare(raw, step):
-    """Alpha, 1 - alpha, eps, weight decay, momentum, lr."""
+def rmsprop_prepare(raw, scalars):
+    """Alpha, 1 - alpha, eps, weight decay, momentum, lr; step."""
     lr, alpha, eps, weight_decay, momentum = raw[0], raw[1], raw[2], raw[3], raw[4]
-    return (alpha, 1.0 - alpha, eps, weight_decay, momentum, lr)
+    return (alpha, 1.0 - alpha, eps, weight_decay, momentum, lr), (scalars[0] + 1.0,)
 
 
 @triton.jit
 def rmsprop(p, g, states, h, FLAGS: tl.constexpr):
     """torch.optim.RMSprop, centered or not, with or without momentum."""
-    g = g + h[3] * p
+    g = decayed(g, p, h[3])
     square_avg = h[0] * states[0] + h[1] * g * g
     new_states = (square_avg,)
     avg = square_avg
@@ -106,9 +110,9 @@ def rmsprop(p, g, states, h, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def clip_prepare(raw, step):
-    """Clipping alone needs no constants."""
-    return ()
+def clip_prepare(raw, scalars):
+    """Clipping alone prepares nothing."""
+    return (), ()
 
 
 @triton.jit

@@ -3,40 +3,66 @@
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton for other GPUs
+    gdc_launch_dependents = gdc_wait = None
+
 from agc_triton.kernels.layout import (
     ACTIVE,
     AGC_EPS,
     CLIPPING,
-    CONSTANTS,
     DIRECTION,
-    FIRST_STATE,
     GRAD,
     INVERSE_SCALE,
     OF_RULE,
     PARAM,
+    SCALARS,
     TENSOR_FIELDS,
     TILE_FIELDS,
     element,
     row,
 )
 from agc_triton.kernels.norms import clip_factor, sum_pairs
-from agc_triton.kernels.rules import RULE_CONSTANTS
+
+
+@triton.jit
+def _load(ptr, mask, STREAM: tl.constexpr):
+    """Read what is read once a step: with ``STREAM`` it leaves the caches first."""
+    if STREAM:
+        return tl.load(ptr, mask=mask, other=0.0, eviction_policy="evict_first")
+    return tl.load(ptr, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptrs, at, values, mask, STREAM: tl.constexpr):
+    """Write results; all that a step writes but counts is rounded and stored here."""
+    for k in tl.static_range(len(ptrs)):
+        value = values[k].to(ptrs[k].dtype.element_ty)
+        if STREAM:
+            tl.store(ptrs[k] + at, value, mask=mask, cache_modifier=".cs")
+        else:
+            tl.store(ptrs[k] + at, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def step(
+    addresses_ptr,
     tiles_ptr,
     tensors_ptr,
-    addresses_ptr,
-    constants_ptr,
-    partials_ptr,
+    prepared_ptr,
+    sums_ptr,
     skipped_ptr,
     n_tensors,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
-    STATES: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    N_PREPARED: tl.constexpr,
+    N_STATES: tl.constexpr,
     TARGET: tl.constexpr,
-    DTYPE: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    S_DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -47,17 +73,32 @@ def step(
     PARTS: tl.constexpr,
     PREFETCH: tl.constexpr,
     SKIP: tl.constexpr,
+    STREAM: tl.constexpr,
+    PDL: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
 
     p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
-    result. ``SKIP`` leaves units alone whose gradient's norm is not finite and
-    adds their number to the program's own count.
+    result. ``SKIP`` leaves units alone whose gradient's norm is not finite, and counts them.
+
+    With ``PDL`` (programmatic dependent launch, sm_90) the launches of a step overlap, as no two
+    write to the same memory. The first waits for `begin` before it lets the next one start, so
+    that this one finds what was prepared; the others wait at their end, so that what comes after
+    the last comes after all; and the last lets nobody start early.
     """
+    if PDL:
+        if FIRST:
+            gdc_wait()
+        if not LAST:
+            gdc_launch_dependents()
     tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
     tensor = tl.load(tile_ptr)
-    constants_ptr += tensor * CONSTANTS
-    if tl.load(constants_ptr + ACTIVE) == 0.0:
+    prepared_ptr += tensor * (OF_RULE + N_PREPARED)
+    if tl.load(prepared_ptr + ACTIVE) == 0.0:
+        if PDL and not FIRST:
+            gdc_wait()
         return
     offset = tl.load(tile_ptr + 1)
     fields = tensors_ptr + tensor * TENSOR_FIELDS
@@ -78,15 +119,20 @@ def step(
     else:
         rows = rows * limit
 
-    p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, DTYPE, VECTOR)
-    g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, DTYPE, VECTOR)
+    p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, P_DTYPE, VECTOR)
+    g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, G_DTYPE, VECTOR)
     state_ptrs = ()
-    for s in tl.static_range(STATES):
+    for s in tl.static_range(N_STATES):
+        role = SCALARS + N_SCALARS + s
         state_ptrs = state_ptrs + (
-            row(addresses_ptr, FIRST_STATE + s, n_tensors, tensor, offset, DTYPE, VECTOR),
+            row(addresses_ptr, role, n_tensors, tensor, offset, S_DTYPE, VECTOR),
         )
+    if TARGET == PARAM:
+        out_ptrs = (p_ptr,) + state_ptrs
+    else:
+        out_ptrs = (g_ptr,) + state_ptrs
 
-    inverse = tl.load(constants_ptr + INVERSE_SCALE).to(COMPUTE)
+    inverse = tl.load(prepared_ptr + INVERSE_SCALE).to(COMPUTE)
     ps, gs, ats, masks = (), (), (), ()
     p_squares = tl.zeros((ROWS, COLUMNS), COMPUTE)
     g_squares = tl.zeros((ROWS, COLUMNS), COMPUTE)
@@ -97,8 +143,7 @@ def step(
             at = rows + element(column + start, inner, stride, STRIDED)
         else:
             at = rows + column
-        p = tl.load(p_ptr + at, mask=mask, other=0.0)
-        g = tl.load(g_ptr + at, mask=mask, other=0.0)
+        p, g = _load(p_ptr + at, mask, STREAM), _load(g_ptr + at, mask, STREAM)
         ps, gs, ats, masks = ps + (p,), gs + (g,), ats + (at,), masks + (mask,)
         if not SPLIT:
             p_squares += p.to(COMPUTE) * p.to(COMPUTE)
@@ -108,14 +153,13 @@ def step(
     # Loads do not move up over the stores below, so the first states are asked for here.
     prefetched = ()
     for k in tl.static_range(PREFETCH):
-        for s in tl.static_range(STATES):
-            state = tl.load(state_ptrs[s] + ats[k], mask=masks[k], other=0.0)
-            prefetched = prefetched + (state,)
+        for s in tl.static_range(N_STATES):
+            prefetched = prefetched + (_load(state_ptrs[s] + ats[k], masks[k], STREAM),)
 
     if SPLIT:
         part = tl.arange(0, PARTS)[None, :]
         span = tl.load(fields + 4)
-        part_ptr = partials_ptr + 2 * (tl.load(tile_ptr + 3) + part)
+        part_ptr = sums_ptr + 2 * (tl.load(tile_ptr + 4) + part)
         there = part < (length + span - 1) // span
         p_parts = tl.load(part_ptr, mask=there, other=0.0)
         g_parts = tl.load(part_ptr + 1, mask=there, other=0.0)
@@ -124,35 +168,32 @@ def step(
         p_sum, g_sum = sum_pairs(p_squares, g_squares)
     if SKIP:
         finite = g_sum < float("inf")
-    clipping = tl.load(constants_ptr + CLIPPING).to(COMPUTE)
-    agc_eps = tl.load(constants_ptr + AGC_EPS).to(COMPUTE)
+    clipping = tl.load(prepared_ptr + CLIPPING).to(COMPUTE)
+    agc_eps = tl.load(prepared_ptr + AGC_EPS).to(COMPUTE)
     factor = clip_factor(p_sum, g_sum, clipping, agc_eps)
-    factor = (factor * tl.load(constants_ptr + DIRECTION).to(COMPUTE))[:, None]
+    factor = (factor * tl.load(prepared_ptr + DIRECTION).to(COMPUTE))[:, None]
 
     h = ()
-    for k in tl.static_range(RULE_CONSTANTS):
-        h = h + (tl.load(constants_ptr + OF_RULE + k).to(COMPUTE),)
+    for k in tl.static_range(N_PREPARED):
+        h = h + (tl.load(prepared_ptr + OF_RULE + k).to(COMPUTE),)
     for k in tl.static_range(CHUNKS):
         states = ()
-        for s in tl.static_range(STATES):
+        for s in tl.static_range(N_STATES):
             if k < PREFETCH:
-                state = prefetched[k * STATES + s]
+                state = prefetched[k * N_STATES + s]
             else:
-                state = tl.load(state_ptrs[s] + ats[k], mask=masks[k], other=0.0)
+                state = _load(state_ptrs[s] + ats[k], masks[k], STREAM)
             states = states + (state.to(COMPUTE),)
         mask = masks[k]
         if SKIP:
             mask = mask & finite[:, None]
         result, states = RULE(ps[k].to(COMPUTE), gs[k].to(COMPUTE) * factor, states, h, FLAGS)
-        if TARGET == PARAM:
-            tl.store(p_ptr + ats[k], result.to(DTYPE), mask=mask)
-        else:
-            tl.store(g_ptr + ats[k], result.to(DTYPE), mask=mask)
-        for s in tl.static_range(STATES):
-            tl.store(state_ptrs[s] + ats[k], states[s].to(DTYPE), mask=mask)
+        _store(out_ptrs, ats[k], (result,) + states, mask, STREAM)
     if SKIP:
-        count = tl.sum(tl.where(finite, 0, 1), 0)
+        bad = finite == 0
         if SPLIT:  # the unit's first tile counts it
-            count = tl.where(start == 0, count, 0)
-        count_ptr = skipped_ptr + tl.program_id(0)
-        tl.store(count_ptr, tl.load(count_ptr) + count)
+            bad = bad & (start == 0)
+        count_ptr = skipped_ptr + tl.load(tile_ptr + 3) + tl.arange(0, ROWS)
+        tl.store(count_ptr, tl.load(count_ptr, mask=bad, other=0) + 1, mask=bad)
+    if PDL and not FIRST:
+        gdc_wait()

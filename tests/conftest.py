@@ -58,4 +58,4 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 def either_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch path's two kinds of blocks: small tensors are joined, or each has its own."""
     if request.param == "alone":
-        monkeypatch.setattr(blocks, "JOINED", 0)
+        monkeypatch.setattr(blocks, "PACKED", 0)

@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 from torch.nn import Parameter
 
-from agc_triton import SGD_AGC, AdamW_AGC, RMSprop_AGC, adaptive_clip_grad_, dispatch, routing
+from agc_triton import SGD_AGC, AdamW_AGC, RMSprop_AGC, adaptive_clip_grad_, routing
+from agc_triton.snapshot import Cached
 from tests.support.helpers import OURS, nothing_changes, same
 from tests.support.triton_cases import DEVICE, make_grad, make_weight
 
@@ -56,7 +57,7 @@ def test_auto_takes_the_torch_path_on_the_cpu(cls: Any) -> None:
     for p, backend in ((param, "auto"), (expected, "torch")):
         optimizer = cls([p], lr=0.1, backend=backend)
         optimizer.step()
-        assert optimizer._paths.plan is None
+        assert optimizer._paths.triton.plan is None
         assert not getattr(optimizer, "_step_supports_amp_scaling", False)
     assert same(param, expected)
 
@@ -66,8 +67,8 @@ def test_triton_takes_the_kernels(cls: Any) -> None:
     optimizer = cls([make_param()], lr=0.1, backend="triton")
     assert optimizer._step_supports_amp_scaling
     optimizer.step()
-    assert optimizer._paths.plan is not None
-    assert optimizer._paths.plan.rest(optimizer.param_groups) == []
+    assert optimizer._paths.triton.plan is not None
+    assert optimizer._paths.triton.plan.rest(optimizer.param_groups) == []
 
 
 def test_kernels_are_imported_on_need() -> None:
@@ -80,9 +81,10 @@ for make in (agc_triton.SGD_AGC, agc_triton.AdamW_AGC):
     make([param], lr=0.1).step()
 agc_triton.AGC(torch.optim.SGD([param])).step()
 agc_triton.adaptive_clip_grad_([param])
-assert "agc_triton.triton_path.launches" not in sys.modules
+kernels = ("agc_triton.kernels", "agc_triton.triton_path")
+assert not [name for name in sys.modules if name.startswith(kernels)]
 agc_triton.AdamW_AGC([param], backend="triton")
-assert "agc_triton.triton_path.launches" in sys.modules
+assert "agc_triton.kernels.step" in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -122,7 +124,7 @@ def test_options_that_mean_the_torch_path_and_backend_triton(
 def test_options_that_go_with_backend_triton(option: dict[str, Any]) -> None:
     optimizer = AdamW_AGC([make_param()], backend="triton", **option)
     optimizer.step()
-    assert optimizer._paths.plan is not None
+    assert optimizer._paths.triton.plan is not None
 
 
 def set_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
@@ -144,7 +146,7 @@ def test_a_recent_triton(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_version(monkeypatch, version)
     optimizer = AdamW_AGC([make_param()], backend="triton")
     optimizer.step()
-    assert optimizer._paths.plan is not None
+    assert optimizer._paths.triton.plan is not None
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +162,7 @@ def test_kernels_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
     lookup = importlib.import_module
 
     def broken(name: str, package: str | None = None) -> Any:
-        if "launches" in name:
+        if "kernels" in name:
             raise ImportError("libcuda.so is gone")
         return lookup(name, package)
 
@@ -228,8 +230,7 @@ def test_what_becomes_unfit_in_mid_training() -> None:
 
 
 def test_the_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = importlib.import_module("agc_triton.triton_path.launches")
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(routing, "interpreted", lambda: False)
     param = make_param("cpu")
     with nothing_changes([param]), pytest.raises(RuntimeError, match="Triton needs a GPU"):
         AdamW_AGC([param], backend="triton").step()
@@ -267,7 +268,7 @@ def test_what_was_asked_for_needs_no_warning(asked: dict[str, Any]) -> None:
         warnings.simplefilter("error")
         optimizer = SGD_AGC([on_gpu()], lr=0.1, **asked)
         optimizer.step()
-    assert optimizer._paths.plan is None
+    assert optimizer._paths.triton.plan is None
 
 
 def test_empty_parameters_need_no_kernel() -> None:
@@ -275,17 +276,19 @@ def test_empty_parameters_need_no_kernel() -> None:
     empty.grad = torch.zeros(0, 4, device=DEVICE)
     optimizer = SGD_AGC([empty, make_param()], lr=0.1, momentum=0.9, backend="triton")
     optimizer.step()
-    assert optimizer._paths.plan is not None
-    (group,) = optimizer._paths.plan.rest(optimizer.param_groups)
+    assert optimizer._paths.triton.plan is not None
+    ((_, group),) = optimizer._paths.triton.plan.rest(optimizer.param_groups)
     assert group["params"][0] is empty
     alone = SGD_AGC([empty], lr=0.1, backend="triton")
     alone.step()
-    assert alone._paths.plan is None
+    assert alone._paths.triton.plan is None
 
 
 def test_a_plan_that_does_not_fit_is_never_launched() -> None:
+    cached: Cached[str] = Cached()
     with pytest.raises(AssertionError, match="please report"):
-        dispatch.check_fits(False)
+        cached.get(lambda plan: None, lambda: "a plan")
+    assert cached.plan is None
 
 
 def test_nothing_to_do() -> None:

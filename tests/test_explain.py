@@ -138,4 +138,4 @@ def test_it_changes_nothing() -> None:
     optimizer: Any = build("AdamW", make_params(), TRITON)
     optimizer.explain()
     assert not optimizer.state
-    assert optimizer._paths.plan is None
+    assert optimizer._paths.triton.plan is None

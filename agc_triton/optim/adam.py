@@ -47,11 +47,7 @@ def _fused(group: Mapping[str, Any], _dtype: torch.dtype) -> Update:
     options |= {key: bool(given[key]) for key in ("amsgrad", "maximize")}
 
     def update(lists: TensorLists) -> None:
-        steps = lists.steps
-        if not all(step.is_cpu for step in steps):
-            # torch 2.11 makes them on the default device, where the kernel would not look for them.
-            steps = [step.cpu() for step in steps]
-        kernel(lists.params, lists.grads, *lists.states, steps, **options)
+        kernel(lists.params, lists.grads, *lists.states, lists.steps, **options)
 
     return update
 
@@ -70,7 +66,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*options, float(group.get("decoupled_weight_decay", False)))
 
 
-ADAM = Rule(_update, _fused, KernelRule("adam", _flags, _states, _hyper))
+ADAM = Rule(_update, _fused, KernelRule("adam", _flags, _states, _hyper, 8, ("step",)))
 
 
 def adam_lists(optimizer: Any, group: dict[str, Any]) -> TensorLists:
@@ -88,4 +84,4 @@ class Adam_AGC(AGCOptimizer, Adam):
     rule = ADAM
 
     def _batches(self, group: dict[str, Any]) -> Batches:
-        yield adam_lists(self, group), group
+        return [(adam_lists(self, group), group)]

@@ -27,4 +27,4 @@ class AdamW_AGC(AGCOptimizer, AdamW):
     rule = ADAM._replace(kernel=ADAM.kernel._replace(hyper=_hyper))
 
     def _batches(self, group: dict[str, Any]) -> Batches:
-        yield adam_lists(self, group), _decoupled(group)
+        return [(adam_lists(self, group), _decoupled(group))]

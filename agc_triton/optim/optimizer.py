@@ -10,11 +10,12 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from agc_triton.dispatch import Paths, limited
+from agc_triton.dispatch import Paths
 from agc_triton.nonfinite import check_nonfinite
 from agc_triton.optim.documentation import AGC_DOC
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
 from agc_triton.rule import Batches, Rule, Work
+from agc_triton.units import UnitDim
 from agc_triton.validation import AGC_OPTIONS, check_group, check_loaded
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class AGCOptimizer(Optimizer):
         *args: Any,
         clipping: float | None = CLIPPING,
         agc_eps: float = AGC_EPS,
-        unit_dim: int | None = None,
+        unit_dim: UnitDim = None,
         backend: str = "auto",
         nonfinite: str = "propagate",
         **kwargs: Any,
@@ -77,7 +78,7 @@ class AGCOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             group, index = self.param_groups[-1], len(self.param_groups) - 1
-            check_group(limited(group, self.nonfinite), index)
+            check_group(group, index, units=self._work().needs_units(group))
             check_group_backend(self.backend, group, index)
         except BaseException:
             self.param_groups.pop()
@@ -134,7 +135,8 @@ class AGCOptimizer(Optimizer):
 
         Nothing has been changed after any of these.
         """
-        if "capturable" in self.defaults:
+        # A forked process may not ask CUDA whether it captures, and cannot be.
+        if "capturable" in self.defaults and not torch.cuda._is_in_bad_fork():
             self._graph_capture_check()
         loss = None
         if closure is not None:

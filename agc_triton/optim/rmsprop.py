@@ -94,7 +94,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
 class RMSprop_AGC(AGCOptimizer, RMSprop):
     """torch.optim.RMSprop with adaptive gradient clipping."""
 
-    rule = Rule(_update, _fused, KernelRule("rmsprop", _flags, _states, _hyper))
+    rule = Rule(_update, _fused, KernelRule("rmsprop", _flags, _states, _hyper, 6, ("step",)))
 
     def _batches(self, group: dict[str, Any]) -> Batches:
         params, grads, square_avgs, buffers, grad_avgs, steps = lists = [
@@ -102,4 +102,4 @@ class RMSprop_AGC(AGCOptimizer, RMSprop):
         ]
         create_state: Any = self._init_group
         create_state(group, *lists)
-        yield TensorLists(params, grads, (square_avgs, grad_avgs, buffers), steps), group
+        return [(TensorLists(params, grads, (square_avgs, grad_avgs, buffers), steps), group)]

@@ -63,7 +63,9 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
 class SGD_AGC(AGCOptimizer, SGD):
     """torch.optim.SGD with adaptive gradient clipping."""
 
-    rule = Rule(_update, _fused, KernelRule("sgd", _flags, _states, _hyper))
+    rule = Rule(
+        _update, _fused, KernelRule("sgd", _flags, _states, _hyper, prepared=4, own_scalars=1)
+    )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state; torch would load one without ``fused`` as ``fused=False``."""
@@ -77,16 +79,15 @@ class SGD_AGC(AGCOptimizer, SGD):
         buffers: list[Any] = []
         create_state: Any = self._init_group
         create_state(group, params, grads, buffers)
-        lists = TensorLists(params, grads, (buffers,), [])
-        if not group["clipping"]:
-            yield lists, group
-            for param, buffer in zip(params, buffers, strict=bool(buffers)):
-                self.state[param]["momentum_buffer"] = buffer
-            return
         # torch.optim.SGD starts a momentum buffer as its first gradient, without dampening.
         first = [i for i, buffer in enumerate(buffers) if buffer is None]
         for i in first:
-            buffers[i] = self.state[params[i]]["momentum_buffer"] = torch.zeros_like(params[i])
+            # As sparse as torch would leave it.
+            like = grads[i] if grads[i].is_sparse else params[i]
+            buffers[i] = self.state[params[i]]["momentum_buffer"] = torch.zeros_like(like)
         later = sorted(set(range(len(params))).difference(first))
-        yield lists.select(first), {**group, "is_first_step": True}
-        yield lists.select(later), {**group, "is_first_step": False}
+        lists = TensorLists(params, grads, (buffers,), [])
+        return [
+            (lists.select(first), {**group, "is_first_step": True}),
+            (lists.select(later), {**group, "is_first_step": False}),
+        ]

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from agc_triton.clipping import clip_groups_
 from agc_triton.dispatch import Clipper
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer
+from agc_triton.units import UnitDim
 from agc_triton.validation import AGC_OPTIONS, check_group
 
 
@@ -39,7 +40,7 @@ class AGC(Optimizer):
         optimizer: Optimizer,
         clipping: float | None = CLIPPING,
         agc_eps: float = AGC_EPS,
-        unit_dim: int | None = None,
+        unit_dim: UnitDim = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"AGC wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
@@ -53,7 +54,7 @@ class AGC(Optimizer):
                 )
         options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         for index, group in enumerate(optimizer.param_groups):
-            check_group({**options, **group}, index)
+            _check_group({**options, **group}, index)
         self.optimizer = optimizer
         self._clipper = Clipper()
         self._known: list[dict[str, Any]] = []
@@ -92,7 +93,7 @@ class AGC(Optimizer):
     def _clip(self) -> None:
         self._fill_groups()
         for index, group in enumerate(self.param_groups):
-            check_group(group, index)
+            _check_group(group, index)
         clip_groups_(self.param_groups, "auto", self._clipper)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ class AGC(Optimizer):
         """
         self.optimizer.add_param_group(param_group)
         try:
-            check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -176,3 +177,7 @@ class AGC(Optimizer):
 
     def __repr__(self) -> str:
         return f"AGC({self.optimizer!r})"
+
+
+def _check_group(group: dict[str, Any], index: int) -> None:
+    check_group(group, index, units=bool(group["clipping"]))

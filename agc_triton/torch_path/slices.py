@@ -1,4 +1,4 @@
-"""How plain CPU tensors are walked: their memory order and units, and the parts cut from them."""
+"""How plain CPU tensors are walked: their memory order and units, and the slices taken of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from agc_triton.rule import TensorLists
-from agc_triton.units import PLAIN, UnitLayout, memory_order, unit_layout
+from agc_triton.units import PLAIN, UnitDim, UnitLayout, memory_order, unit_layout
 
 # By their index.
 Tensors = Sequence[Tensor] | Mapping[int, Tensor]
 
 
-class Walk(NamedTuple):
-    """How a tensor is walked: how its dimensions are permuted to be contiguous, and its units.
+class DenseView(NamedTuple):
+    """A tensor as it lies in memory: how its dimensions are permuted for that, and its units.
 
     ``as_is`` where the tensor is its own view: every one counts, and between blocks that fill the
     caches even the smallest takes microseconds.
@@ -30,19 +30,23 @@ class Walk(NamedTuple):
         """Whether a unit lies in several places."""
         return self.layout.outer > 1 and self.layout.units > 1
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """In memory order: as it comes if one unit, else units first or (outer, units, inner)."""
+    def of(self, tensor: Tensor) -> Tensor:
+        """In memory order: as it comes if one unit, else units first, or as its layout says."""
         if self.as_is:
             return tensor
-        outer, units, inner = self.layout
+        _, outer, units, inner = self.layout
         if self.permutation is not None:
             tensor = tensor.permute(self.permutation)
         if units == 1 or (outer == 1 and tensor.shape[0] == units):
             return tensor
         return tensor.reshape(self.layout if outer > 1 else (units, inner))
 
+    def norm_dims(self, dims: int) -> tuple[int, ...]:
+        """The dimensions of a view of so many that units' norms are taken over."""
+        return (1, 3) if self.strided else tuple(range(1, dims))
 
-def find_walk(param: Tensor, states: Sequence[Tensor], unit_dim: int | None) -> Walk | None:
+
+def dense_view(param: Tensor, states: Sequence[Tensor], unit_dim: UnitDim) -> DenseView | None:
     """How a parameter and its states can be walked in step, or None where they cannot be.
 
     They must be plain dense CPU memory, not empty: no subclass, nothing complex, no lazy bits.
@@ -60,30 +64,32 @@ def find_walk(param: Tensor, states: Sequence[Tensor], unit_dim: int | None) -> 
             return None
     permutation = None if param.is_contiguous() else order
     layout = unit_layout(param.shape, order, unit_dim)
+    if layout is None:
+        return None
     first = layout.outer == 1 and param.shape[:1] == (layout.units,)
-    return Walk(permutation, layout, permutation is None and (layout.units == 1 or first))
+    return DenseView(permutation, layout, permutation is None and (layout.units == 1 or first))
 
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN and tensor.is_cpu and not tensor.is_neg()
 
 
-class Cut(NamedTuple):
-    """Part of a tensor, contiguous in memory if the tensor is walked as it lies there.
+class Slice(NamedTuple):
+    """A slice of a tensor, contiguous in memory if the tensor lies as its view says.
 
-    ``rows`` and ``columns`` are start and size along the first two dimensions of its walk's view,
-    and ``flat`` makes one row of what is between them; None and False leave it as it is.
+    ``rows`` and ``columns`` are start and size along the first two dimensions of the view, and
+    ``flat`` makes one row of what is between them; None and False leave it as it is.
     """
 
     member: int
-    walk: Walk
+    view: DenseView
     rows: tuple[int, int] | None = None
     flat: bool = False
     columns: tuple[int, int] | None = None
 
     def of(self, tensors: Tensors) -> Tensor:
-        """The part of the ``member``-th tensor."""
-        view = self.walk.view(tensors[self.member])
+        """The slice of the ``member``-th tensor."""
+        view = self.view.of(tensors[self.member])
         if self.rows is not None:
             view = view.narrow(0, *self.rows)
         if self.flat:
@@ -91,20 +97,20 @@ class Cut(NamedTuple):
         return view if self.columns is None else view.narrow(1, *self.columns)
 
 
-class Part(NamedTuple):
-    """What one call updates: parts of tensors, and views of their parameters and states by role."""
+class Target(NamedTuple):
+    """What one call updates: slices of tensors, of their parameters and of their states by role."""
 
-    cuts: list[Cut]
+    slices: list[Slice]
     params: list[Tensor]
     states: tuple[list[Tensor], ...]
 
     def lists(self, grads: list[Tensor], steps: list[Tensor]) -> TensorLists:
         """What to update, with these gradients; ``steps`` are those of all tensors, if any."""
-        own = [steps[cut.member] for cut in self.cuts] if steps else []
+        own = [steps[slice_.member] for slice_ in self.slices] if steps else []
         return TensorLists(self.params, grads, self.states, own)
 
 
-def cut_out(cuts: list[Cut], params: Tensors, states: Sequence[Tensors]) -> Part:
-    """The part of these cuts; the list of a role without tensors stays empty."""
-    roles = tuple([cut.of(role) for cut in cuts] if role else [] for role in states)
-    return Part(cuts, [cut.of(params) for cut in cuts], roles)
+def target_of(slices: list[Slice], params: Tensors, states: Sequence[Tensors]) -> Target:
+    """The target of these slices; the list of a role without tensors stays empty."""
+    roles = tuple([slice_.of(role) for slice_ in slices] if role else [] for role in states)
+    return Target(slices, [slice_.of(params) for slice_ in slices], roles)

@@ -8,88 +8,88 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agc_triton.nonfinite import Kept, update_others
-from agc_triton.norms import ONE, Clip, clip_factors, unit_norms
-from agc_triton.rule import Batches, Rule, TensorLists, Update, at
+from agc_triton.nonfinite import SavedUnits, update_others
+from agc_triton.norms import ONE, Clip, clip_factors, spread, unit_norms
+from agc_triton.rule import Rule, TensorLists, Update, pick
 from agc_triton.torch_path.blocks import Block, blocks, largest_room
-from agc_triton.torch_path.plan import BlockPlan, Run
+from agc_triton.torch_path.plan import BlockList, BlockPlan
 from agc_triton.torch_path.scratch import Scratch
-from agc_triton.torch_path.slices import Tensors, Walk, find_walk
-from agc_triton.units import norm_dims
+from agc_triton.torch_path.slices import DenseView, Tensors, dense_view
 from agc_triton.versions import count_writes
 
 
-def ready(
+def prepare(
     rule: Rule,
     plan: BlockPlan,
     lists: TensorLists,
     group: Mapping[str, Any],
-    clip: Clip,
+    clip: Clip | None,
     grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> Callable[[], None]:
     """What clips and updates one parameter group; ``lists.grads`` are only read.
 
     Hyperparameters that torch cannot take raise here, before a step is counted. ``grad_scale``
-    (0-dim or one element) divides the gradients first, as torch.amp.GradScaler asks.
+    (0-dim) divides the gradients first, as torch.amp.GradScaler asks.
     """
-    updates = [_counted_update(rule, group, run.dtype) for run in plan.runs]
+    if clip is None:
+        return partial(_step_unclipped, rule, lists, group, grad_scale, found_inf)
+    updates = [_counted_update(rule, group, listed.dtype) for listed in plan.block_lists]
 
-    def step() -> None:
-        if lists.steps and plan.counted:
-            _count(at(plan.counted, lists.steps))
-        for run, update in zip(plan.runs, updates, strict=True):
-            count_writes(at(run.indices, lists.params))
-            _step_blocks(update, run, lists, clip, grad_scale)
+    def update() -> None:
+        for listed, of_dtype in zip(plan.block_lists, updates, strict=True):
+            _step_blocks(of_dtype, listed, lists, clip, grad_scale)
         if plan.whole:
             _step_whole(rule.update, lists.select(plan.whole), group, clip, grad_scale)
 
-    return step
+    return update
 
 
-def step_unclipped(
+def _step_unclipped(
     rule: Rule,
-    batches: Batches,
+    lists: TensorLists,
     group: Mapping[str, Any],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
     """Update one parameter group as torch.optim does."""
-    for lists, options in batches:
-        scaler: dict[str, Tensor | None] = {}
-        if grad_scale is None or group.get("fused"):
-            scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
-        else:
-            grads = [g / grad_scale.to(g.device) for g in lists.grads]
-            lists = lists._replace(grads=grads)
-        rule.update(lists, options, **scaler)
+    scaler: dict[str, Tensor | None] = {}
+    if grad_scale is None or group.get("fused"):
+        scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
+    else:
+        lists = lists._replace(grads=[g / grad_scale.to(g.device) for g in lists.grads])
+    rule.update(lists, group, **scaler)
 
 
 def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
     """Scale dense gradients in place; a unit at or under its limit keeps its bits."""
     grads: list[Any] = [param.grad for param in params]
-    by_dtype: defaultdict[torch.dtype, dict[int, Walk]] = defaultdict(dict)
+    by_dtype: defaultdict[torch.dtype, dict[int, DenseView]] = defaultdict(dict)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        walk = find_walk(param, [grad], clip.unit_dim)
-        if walk is None:
+        view = dense_view(param, [grad], clip.unit_dim)
+        if view is None:
             grad.mul_(_tensor_factors(param, grad, clip))
         else:
-            by_dtype[param.dtype][i] = walk
-    for walks in by_dtype.values():
-        found = blocks(walks, params, [grads])
+            by_dtype[param.dtype][i] = view
+    for views in by_dtype.values():
+        found = blocks(views, params, [grads])
         scratch = Scratch(largest_room(found))
         for block in found:
             factors = block.factors(block.whole.states[0], clip, None, scratch)
-            for part in block.parts:
-                block.scale_(part.states[0], factors)
+            for target in block.targets:
+                block.scale_(target.states[0], factors)
 
 
 def _count(steps: list[Tensor]) -> None:
     """Add 1 to step counts, which other tools may keep as integers."""
+    if not steps:
+        return
     usual = {step.dtype for step in steps} == {torch.float32}
     one = ONE if usual else torch.ones((), dtype=torch.int64, device="cpu")
     # With alpha the number is not made a tensor for every count.
@@ -113,17 +113,22 @@ def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) ->
 
 
 def _step_blocks(
-    update: Update, run: Run, lists: TensorLists, clip: Clip, grad_scale: Tensor | None
+    update: Update, listed: BlockList, lists: TensorLists, clip: Clip, grad_scale: Tensor | None
 ) -> None:
     """Block after block: norms, scaled gradients, torch's update."""
     own: Tensors = lists.grads
-    if not run.alike:
-        own = {i: torch.empty_like(lists.params[i]).copy_(lists.grads[i]) for i in run.indices}
-    scratch = Scratch(run.largest_room)
+    if not listed.alike:
+        own = {i: torch.empty_like(lists.params[i]).copy_(lists.grads[i]) for i in listed.indices}
+    scratch = Scratch(listed.largest_room)
     # All views first: between blocks that fill the caches each would take several times as long.
-    bound = [_bind(block, own, lists.steps, scratch) for block in run.blocks]
-    for block, (grads, targets) in zip(run.blocks, bound, strict=True):
+    bound = [_bind(block, own, lists.steps, scratch) for block in listed.blocks]
+    counted = False
+    for block, (grads, targets) in zip(listed.blocks, bound, strict=True):
         factors = block.factors(grads, clip, grad_scale, scratch)
+        if not counted:  # what interrupts the first norms leaves no step counted
+            _count(pick(listed.indices, lists.steps))
+            count_writes(pick(listed.indices, lists.params))
+            counted = True
         for theirs, target in targets:
             block.scale(theirs, factors, target.grads, scratch)
             if clip.skipped is None:
@@ -138,22 +143,23 @@ def _bind(
     steps: list[Tensor],
     scratch: Scratch,
 ) -> tuple[list[Tensor], list[tuple[list[Tensor], TensorLists]]]:
-    """A block's gradients, and for every part its own and what to update.
+    """A block's gradients, and for every target its own and what to update.
 
     The gradients of the latter are room for the clipped ones.
     """
-    grads = [cut.of(own) for cut in block.whole.cuts]
+    grads = [slice_.of(own) for slice_ in block.whole.slices]
     targets = []
-    for part in block.parts:
-        theirs = grads if part is block.whole else [cut.of(own) for cut in part.cuts]
-        targets.append((theirs, part.lists(block.room(part, scratch), steps)))
+    for target in block.targets:
+        alone = target is block.whole
+        theirs = grads if alone else [slice_.of(own) for slice_ in target.slices]
+        targets.append((theirs, target.lists(block.room(target, scratch), steps)))
     return grads, targets
 
 
 def _update_others(update: Update, lists: TensorLists, factors: list[Tensor]) -> None:
     """Update with clipped gradients; units to be skipped are put back."""
     views = zip(lists.params, *filter(None, lists.states), strict=True)
-    kept = [Kept(own, factor) for own, factor in zip(views, factors, strict=True)]
+    kept = [SavedUnits(own, factor) for own, factor in zip(views, factors, strict=True)]
     update(lists)
     for units in kept:
         units.restore()
@@ -176,7 +182,8 @@ def _step_whole(
     for param, given in zip(lists.params, lists.grads, strict=True):
         grad = given if grad_scale is None else given / grad_scale.to(given.device)
         if skipped is not None:
-            bad.append(skipped.find(unit_norms(grad, norm_dims(param.shape, clip.unit_dim))))
+            found = skipped.find(unit_norms(grad, clip.unit_dim))
+            bad.append(spread(found, param.shape, clip.unit_dim))
             # Without NaN there is none in what autograd makes of the update either.
             grad = grad.masked_fill(bad[-1], 0.0)
         # Autograd needs the weights that the norm was taken of, which the update overwrites.
@@ -191,5 +198,5 @@ def _step_whole(
 
 def _tensor_factors(param: Tensor, grad: Tensor, clip: Clip) -> Tensor:
     """Factors that broadcast against ``grad``, from any strides."""
-    dims = norm_dims(param.shape, clip.unit_dim)
-    return clip_factors(unit_norms(param, dims), unit_norms(grad, dims), clip)
+    norms = unit_norms(param, clip.unit_dim), unit_norms(grad, clip.unit_dim)
+    return spread(clip_factors(*norms, clip), param.shape, clip.unit_dim)

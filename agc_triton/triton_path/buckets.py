@@ -25,11 +25,11 @@ MAX_BUCKETS = 4
 LAUNCH_ELEMENTS = 300_000
 
 # Chunks of p and g that fit in 64 registers a thread beside the update (benchmarks/kernel_report).
-MAX_CHUNKS = {2: 2, 4: 5, 8: 4}
+MAX_CHUNKS = {2: 3, 4: 5, 8: 4}
 # The same with three states (amsgrad; centered with momentum).
 MAX_CHUNKS_3_STATES = {2: 1, 4: 3, 8: 3}
 # Bytes per element, warps and chunks that spill all the same, and take twice the warps instead.
-SPILLING = {(4, 8, 4)}
+SPILLING = {(2, 16, 3), (4, 8, 4)}
 SPILLING_3_STATES = {(4, 16, 3)}
 
 MAX_WARPS = 32
@@ -44,8 +44,8 @@ MAX_PARTS = 1024
 class TensorUnits(NamedTuple):
     """What planning needs to know of one tensor.
 
-    ``layout`` counts real elements (a complex one is two); ``aligned`` says that every address
-    (parameter, gradient, states) is a multiple of 16 bytes.
+    ``layout`` counts real elements (a complex one is two); ``aligned`` says that as many elements
+    of every role as are 16 bytes of the parameter can be read in one access.
     """
 
     layout: UnitLayout
@@ -96,13 +96,13 @@ class BucketPlan:
     """All launches of one step over tensors of one dtype, flags and device.
 
     ``fields`` has one row per tensor; ``parts`` one row per program that sums a part of a long
-    unit, whose results go to ``slots`` pairs of partial sums.
+    unit, whose results go to ``sums`` pairs of partial sums.
     """
 
     buckets: tuple[Bucket, ...]
     fields: Table
     parts: Table
-    slots: int
+    sums: int
 
     @property
     def parts_vector(self) -> int:
@@ -115,40 +115,46 @@ class BucketPlan:
         return any(b.shape.strided for b in self.buckets if b.shape.split)
 
 
-def plan_buckets(tensors: Sequence[TensorUnits], itemsize: int, states: int) -> BucketPlan:
+def plan_buckets(
+    tensors: Sequence[TensorUnits], itemsize: int, states: int, first_unit: int = 0
+) -> BucketPlan:
     """Assign every tensor to one of at most `MAX_BUCKETS` buckets and lay out the tiles.
 
     Args:
         tensors: in the order of the address tables; none is empty.
-        itemsize: bytes per real element (2, 4 or 8).
+        itemsize: bytes per real element of a parameter (2, 4 or 8).
         states: state tensors per parameter.
+        first_unit: number of the first tensor's first unit; the others follow tensor by tensor.
     """
     chosen: dict[TileShape, list[int]] = {}
     for i, tensor in enumerate(tensors):
         chosen.setdefault(ideal_shape(tensor, itemsize, states), []).append(i)
     chosen = _merge(chosen, tensors)
     split_span = _split_shape(itemsize, True, False).capacity
-    fields = np.array([_fields(t, split_span) for t in tensors], np.int64).reshape(
-        -1, abi.TENSOR_FIELDS
-    )
+    unit_of = np.cumsum([first_unit, *(t.layout.n_units for t in tensors)]).tolist()
+    fields = np.array([_fields(t, split_span) for t in tensors], np.int64)
+    fields = fields.reshape(-1, abi.TENSOR_FIELDS)
     buckets = []
     parts: list[Table] = []
-    slots = 0
+    sums = 0
     for shape, members in sorted(chosen.items(), key=lambda item: item[0].capacity):
         tiles = []
         for i in members:
             layout, span = tensors[i].layout, int(fields[i, 4])
             if shape.split:
-                tiles.append(_split_tiles(i, layout, shape.capacity, span, slots, False))
-                parts.append(_split_tiles(i, layout, span, span, slots, True))
-                slots += layout.units * -(-layout.length // span)
+                tiles.append(_split_tiles(i, layout, shape.capacity, unit_of[i]))
+                parts.append(_split_tiles(i, layout, span, unit_of[i]))
+                per_unit = -(-layout.length // span)
+                tiles[-1][:, 4] = sums + (tiles[-1][:, 3] - unit_of[i]) * per_unit
+                parts[-1][:, 4] = sums + np.arange(len(parts[-1]))
+                sums += len(parts[-1])
             else:
-                tiles.append(_whole_tiles(i, layout, shape.rows))
+                tiles.append(_whole_tiles(i, layout, shape.rows, unit_of[i]))
         layouts = [tensors[i].layout for i in members]
-        units = sum(layout.units for layout in layouts)
-        elements = sum(layout.units * layout.length for layout in layouts)
+        units = sum(layout.n_units for layout in layouts)
+        elements = sum(layout.n_units * layout.length for layout in layouts)
         buckets.append(Bucket(shape, tuple(members), units, elements, np.concatenate(tiles)))
-    return BucketPlan(tuple(buckets), fields, np.concatenate([*parts, _NO_TILES]), slots)
+    return BucketPlan(tuple(buckets), fields, np.concatenate([*parts, _NO_TILES]), sums)
 
 
 _NO_TILES = np.empty((0, abi.TILE_FIELDS), np.int64)
@@ -168,17 +174,27 @@ def ideal_shape(tensor: TensorUnits, itemsize: int, states: int) -> TileShape:
     if length <= 32 * wide:
         columns = 1 << max(length - 1, wide - 1).bit_length()
         return TileShape(128 * wide // columns, columns, 1, 4, vector, strided, False)
-    if states > 2:
-        max_chunks, spilling = MAX_CHUNKS_3_STATES[itemsize], SPILLING_3_STATES
-    else:
-        max_chunks, spilling = MAX_CHUNKS[itemsize], SPILLING
     warps = 1
     while warps <= MAX_WARPS:
-        chunks = -(-length // (32 * wide * warps))
-        if chunks <= max_chunks and (itemsize, warps, chunks) not in spilling:
-            return TileShape(1, 32 * wide * warps, chunks, warps, vector, strided, False)
+        columns = 32 * wide * warps
+        chunks = -(-length // columns)
+        if _in_registers(length, columns, itemsize, warps, states):
+            return TileShape(1, columns, chunks, warps, vector, strided, False)
         warps *= 2
     return _split_shape(itemsize, aligned, strided)
+
+
+def _in_registers(length: int, columns: int, itemsize: int, warps: int, states: int) -> bool:
+    """Whether a unit's chunks of so many columns fit beside the update."""
+    chunks = -(-length // columns)
+    if states > 2:
+        fits = chunks <= MAX_CHUNKS_3_STATES[itemsize]
+        return fits and (itemsize, warps, chunks) not in SPILLING_3_STATES
+    if (itemsize, states, chunks) == (2, 2, 3):
+        # It spills 24 to 56 bytes, which pays only where two chunks of twice the warps would leave
+        # more than a third of themselves empty (H200: ResNet-50 121 -> 112 us, but F0 267 -> 273).
+        return warps < MAX_WARPS and length < 8 / 3 * columns
+    return chunks <= MAX_CHUNKS[itemsize] and (itemsize, warps, chunks) not in SPILLING
 
 
 def _split_shape(itemsize: int, aligned: bool, strided: bool) -> TileShape:
@@ -201,7 +217,7 @@ def _cost(host: TileShape, members: list[int], tensors: Sequence[TensorUnits]) -
         per_unit = (layout.length + max(host.capacity, layout.length)) / 2
         # Narrow accesses and a second reading of p and g, in proportion to the bytes of a step.
         penalty = (2.0 if host.vector == 1 and aligned else 1.0) + (8 / 28 if host.split else 0.0)
-        cost += layout.units * per_unit * penalty
+        cost += layout.n_units * per_unit * penalty
     return cost
 
 
@@ -229,38 +245,39 @@ def _merge(
 
 
 def _fields(tensor: TensorUnits, split_capacity: int) -> tuple[int, int, int, int, int]:
-    """A tensor's row: unit length, inner, stride between inner runs, group, span of a part."""
-    outer, units, inner = tensor.layout
+    """A tensor's row (see kernels/abi.py)."""
+    _, outer, units, inner = tensor.layout
     length = outer * inner
     span = -(-length // (MAX_PARTS * split_capacity)) * split_capacity
     return length, inner, units * inner, tensor.group, span
 
 
-def _whole_tiles(i: int, layout: UnitLayout, rows: int) -> Table:
-    """Tiles of ``rows`` units: tensor, offset of the first, how many, unused."""
+def _offsets(layout: UnitLayout) -> Table:
+    """Where each unit begins, by its number in the tensor."""
+    batch, outer, units, inner = layout
+    starts = np.arange(batch, dtype=np.int64)[:, None] * (outer * units * inner)
+    return (starts + np.arange(units, dtype=np.int64) * inner).reshape(-1)
+
+
+def _whole_tiles(i: int, layout: UnitLayout, rows: int, first_unit: int) -> Table:
+    """Tiles of up to ``rows`` units, which lie at equal distances."""
     first = np.arange(0, layout.units, rows, dtype=np.int64)
-    tiles = np.zeros((len(first), abi.TILE_FIELDS), np.int64)
+    unit = (np.arange(layout.batch, dtype=np.int64)[:, None] * layout.units + first).reshape(-1)
+    tiles = np.zeros((len(unit), abi.TILE_FIELDS), np.int64)
     tiles[:, 0] = i
-    tiles[:, 1] = first * layout.inner
-    tiles[:, 2] = np.minimum(rows, layout.units - first)
+    tiles[:, 1] = _offsets(layout)[unit]
+    tiles[:, 2] = np.tile(np.minimum(rows, layout.units - first), layout.batch)
+    tiles[:, 3] = first_unit + unit
     return tiles
 
 
-def _split_tiles(
-    i: int, layout: UnitLayout, width: int, span: int, first_slot: int, own_slot: bool
-) -> Table:
-    """Tiles of ``width`` columns: tensor, offset of the unit, first column, slot.
-
-    The slot is a part's own when parts are summed, and its unit's first when they are added up.
-    """
+def _split_tiles(i: int, layout: UnitLayout, width: int, first_unit: int) -> Table:
+    """Tiles of ``width`` columns of one unit, without where their sums lie."""
     starts = np.arange(0, layout.length, width, dtype=np.int64)
-    slots_per_unit = -(-layout.length // span)
-    unit = np.repeat(np.arange(layout.units, dtype=np.int64), len(starts))
-    tiles = np.empty((len(unit), abi.TILE_FIELDS), np.int64)
+    unit = np.repeat(np.arange(layout.n_units, dtype=np.int64), len(starts))
+    tiles = np.zeros((len(unit), abi.TILE_FIELDS), np.int64)
     tiles[:, 0] = i
-    tiles[:, 1] = unit * layout.inner
-    tiles[:, 2] = np.tile(starts, layout.units)
-    tiles[:, 3] = first_slot + unit * slots_per_unit
-    if own_slot:
-        tiles[:, 3] += tiles[:, 2] // span
+    tiles[:, 1] = _offsets(layout)[unit]
+    tiles[:, 2] = np.tile(starts, layout.n_units)
+    tiles[:, 3] = first_unit + unit
     return tiles

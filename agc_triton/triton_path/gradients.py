@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from agc_triton.snapshot import Layouts
 from agc_triton.units import memory_order
+
+_grad = attrgetter("grad")
 
 
 class Gradients:
@@ -29,7 +32,7 @@ class Gradients:
     def read(self, params: Sequence[Tensor]) -> list[int] | None:
         """Addresses by parameter, 0 where there is no gradient; None if one does not fit."""
         self._copies = []  # an interrupted step leaves its own
-        grads: list[Any] = [p.grad for p in params]
+        grads: list[Any] = list(map(_grad, params))
         if self._layouts.fit(grads):
             return list(map(Tensor.data_ptr, grads))
         return self._read_each(params, grads)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,12 +12,10 @@ from torch import Tensor
 from agc_triton.kernels import abi, rules
 from agc_triton.kernels.begin import begin
 from agc_triton.kernels.step import step
-from agc_triton.triton_path.buckets import MAX_PARTS
-
-if TYPE_CHECKING:
-    from agc_triton.nonfinite import SkippedUnits
-    from agc_triton.triton_path.buckets import BucketPlan, TileShape
-    from agc_triton.triton_path.tables import Tables
+from agc_triton.routing import interpreted
+from agc_triton.rule import KernelRule
+from agc_triton.triton_path.buckets import MAX_PARTS, BucketPlan, TileShape
+from agc_triton.triton_path.tables import Tables
 
 DTYPES = {
     torch.float16: tl.float16,
@@ -32,13 +29,33 @@ MAX_REGISTERS = 64
 
 # Tensors per preparing program, and elements per round of a summing one.
 PREPARE_BLOCK = 128
-PARTS_COLUMNS = 1024
+SUM_COLUMNS = 1024
 BEGIN_WARPS = 8
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
-    return not isinstance(step, triton.runtime.JITFunction)
+class Kernel(NamedTuple):
+    """What of an optimizer the kernels are compiled for.
+
+    ``flags`` and ``states`` are those of a group; dtypes are real and by role: parameters,
+    gradients, states.
+    """
+
+    rule: KernelRule
+    flags: int
+    states: int
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What norms and updates are computed in."""
+        return torch.float64 if self.param == torch.float64 else torch.float32
+
+    def access(self, size: int) -> tuple[int, int, int]:
+        """Bytes by role of as many elements as ``size`` bytes of a parameter hold."""
+        elements = size // self.param.itemsize
+        return size, elements * self.grad.itemsize, elements * self.state.itemsize
 
 
 def prefetch(shape: TileShape) -> int:
@@ -46,24 +63,53 @@ def prefetch(shape: TileShape) -> int:
     return 0 if shape.split or shape.rows > 1 else 1
 
 
-def compile_options(num_warps: int, hip: bool) -> dict[str, Any]:
-    """What Triton is told of registers and of warps, which on AMD GPUs have 64 threads each."""
-    if hip:
-        return {"num_warps": max(1, num_warps // 2)}
-    return {"num_warps": num_warps, "maxnreg": MAX_REGISTERS}
+class Target(NamedTuple):
+    """What a GPU's kernels are compiled for.
+
+    ``hip`` for AMD, whose warps have 64 threads; ``pdl`` where launches may overlap, ``stream``
+    where loads and stores take hints for the caches.
+    """
+
+    hip: bool
+    pdl: bool
+    stream: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        """That of a device; the interpreter's has nothing."""
+        hip = torch.version.hip is not None
+        nvidia = device.type == "cuda" and not hip and not interpreted()
+        return cls(hip, nvidia and torch.cuda.get_device_capability(device) >= (9, 0), nvidia)
+
+    def options(self, num_warps: int, pdl: bool) -> dict[str, Any]:
+        """What Triton is told of warps, registers and overlapping launches."""
+        if self.hip:
+            return {"num_warps": max(1, num_warps // 2)}
+        options = {"num_warps": num_warps, "maxnreg": MAX_REGISTERS}
+        return {**options, "launch_pdl": True} if pdl else options
 
 
-def step_constants(
-    shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype, skip: bool = False
+def step_constexprs(
+    shape: TileShape,
+    kernel: Kernel,
+    target: Target,
+    skip: bool = False,
+    first: bool = True,
+    last: bool = True,
 ) -> dict[str, Any]:
     """Compile-time arguments of `step`, in the order of its signature."""
+    rule = kernel.rule
     return {
-        "RULE": getattr(rules, rule),
-        "FLAGS": flags,
-        "STATES": states,
-        "TARGET": abi.GRAD if rule == "clip" else abi.PARAM,
-        "DTYPE": DTYPES[dtype],
-        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "RULE": getattr(rules, rule.name),
+        "FLAGS": kernel.flags,
+        "N_SCALARS": rule.n_scalars,
+        "N_PREPARED": rule.prepared,
+        "N_STATES": kernel.states,
+        "TARGET": abi.GRAD if rule.writes_grad else abi.PARAM,
+        "P_DTYPE": DTYPES[kernel.param],
+        "G_DTYPE": DTYPES[kernel.grad],
+        "S_DTYPE": DTYPES[kernel.state],
+        "COMPUTE": DTYPES[kernel.compute],
         "ROWS": shape.rows,
         "COLUMNS": shape.columns,
         "CHUNKS": shape.chunks,
@@ -73,17 +119,25 @@ def step_constants(
         "PARTS": triton.next_power_of_2(MAX_PARTS),
         "PREFETCH": prefetch(shape),
         "SKIP": skip,
+        "STREAM": target.stream,
+        "PDL": target.pdl,
+        "FIRST": first,
+        "LAST": last,
     }
 
 
-def begin_constants(plan: BucketPlan, rule: str, dtype: torch.dtype) -> dict[str, Any]:
+def begin_constexprs(plan: BucketPlan, kernel: Kernel) -> dict[str, Any]:
     """Compile-time arguments of `begin`, in the order of its signature."""
+    rule = kernel.rule
     return {
-        "PREPARE": getattr(rules, f"{rule}_prepare"),
-        "DTYPE": DTYPES[dtype],
-        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "PREPARE": getattr(rules, f"{rule.name}_prepare"),
+        "N_SCALARS": rule.n_scalars,
+        "N_PREPARED": rule.prepared,
+        "P_DTYPE": DTYPES[kernel.param],
+        "G_DTYPE": DTYPES[kernel.grad],
+        "COMPUTE": DTYPES[kernel.compute],
         "BLOCK": PREPARE_BLOCK,
-        "COLUMNS": PARTS_COLUMNS,
+        "COLUMNS": SUM_COLUMNS,
         "VECTOR": plan.parts_vector,
         "STRIDED": plan.parts_strided,
         "HAS_SPLIT": len(plan.parts) > 0,
@@ -91,163 +145,140 @@ def begin_constants(plan: BucketPlan, rule: str, dtype: torch.dtype) -> dict[str
 
 
 class Launch:
-    """One kernel with its arguments; compiled when first fired, then started without the JIT."""
+    """One kernel and those of its arguments that stay, which follow the others.
+
+    It is compiled and loaded ahead of its first start, and started without the JIT.
+    """
 
     def __init__(
         self,
         kernel: Any,
         programs: int,
-        args: tuple[Any, ...],
-        constants: dict[str, Any],
-        warps: int,
+        bound: tuple[Any, ...],
+        constexprs: dict[str, Any],
+        options: dict[str, Any],
     ) -> None:
-        self.kernel = kernel
-        self.grid = (programs, 1, 1)
-        self.args = args
-        self.constants = constants
-        self.options = {"num_warps": warps}
-        if not interpreted():
-            self.options = compile_options(warps, torch.version.hip is not None)
+        self.kernel, self.grid, self.options = kernel, (programs, 1, 1), options
+        self.bound = (*bound, *constexprs.values())
         self._start: Any = None
-        self._all_args = (*args, *constants.values())
 
-    def fire(self) -> None:
-        """Start the kernel on the current stream.
+    def load(self, *varying: Any) -> None:
+        """Compile and load it for arguments like these; nothing runs.
 
         Raises:
-            RuntimeError: it cannot be compiled or started.
+            RuntimeError: it cannot be compiled or loaded.
         """
         try:
-            if self._start is not None:
-                self._start(*self._all_args)
-                return
-            compiled = self.kernel[self.grid](*self.args, **self.constants, **self.options)
+            if interpreted():
+                self._start = self.kernel[self.grid]
+            else:
+                given = (*varying, *self.bound)
+                compiled = self.kernel.warmup(*given, grid=self.grid, **self.options)
+                self._start = compiled[self.grid]
         except Exception as error:  # whatever the compiler, its tools or the driver raise
-            raise RuntimeError(
-                f"the kernel {self.kernel.__name__!r} ({self.grid[0]} programs, {self.options})"
-                f" failed with {type(error).__name__}: {error}; weights, states and step counts may"
-                " be updated in part: go on from a checkpoint, or with backend='torch'"
-            ) from error
-        if compiled is not None:  # the interpreter compiles nothing
-            self._start = compiled[self.grid]
+            raise self._failed(error, "nothing has been updated: use backend='torch'") from error
 
-    @property
-    def loaded(self) -> bool:
-        """Whether it starts without being compiled and loaded, which no capture allows."""
-        return self._start is not None or interpreted()
+    def fire(self, *varying: Any) -> None:
+        """Start it on the current stream.
 
-    def replaced(self, **changes: Any) -> Launch:
-        """The same kernel, loaded if this one is, with other arguments."""
-        twin = copy.copy(self)
-        for name, value in changes.items():
-            twin.replace(name, value)
-        return twin
+        Raises:
+            RuntimeError: it cannot be started.
+        """
+        try:
+            self._start(*varying, *self.bound)
+        except Exception as error:  # whatever the driver raises
+            remedy = (
+                "weights, states and step counts may be updated in part: go on from a checkpoint,"
+                " or with backend='torch'"
+            )
+            raise self._failed(error, remedy) from error
 
-    def replace(self, name: str, value: Any) -> None:
-        """Exchange one argument for another of the same type."""
-        position = self.kernel.arg_names.index(name)
-        if self._all_args[position] is not value:
-            changed = [*self._all_args]
-            changed[position] = value
-            self._all_args = tuple(changed)
-            self.args = self._all_args[: len(self.args)]
+    def _failed(self, error: Exception, remedy: str) -> RuntimeError:
+        return RuntimeError(
+            f"the kernel {self.kernel.__name__!r} ({self.grid[0]} programs, {self.options})"
+            f" failed with {type(error).__name__}: {error}; {remedy}"
+        )
 
 
 class StepLauncher:
     """The launches of one step over a plan: `begin`, then `step` once per bucket.
 
-    ``skipped`` leaves alone and counts the units whose gradient norm is not finite.
+    Args:
+        plan: the launches and their tiles.
+        kernel: what they are compiled for.
+        device: where tables, parameters, gradients and states lie.
+        sums: a pair of partial sums, of p and g, for each part of `plan`.
+        skipped: counts by unit of those that were left alone; None to leave none alone.
     """
 
     def __init__(
         self,
         plan: BucketPlan,
-        tables: Tables,
-        rule: str,
-        flags: int,
-        dtype: torch.dtype,
-        skipped: SkippedUnits | None = None,
+        kernel: Kernel,
+        device: torch.device,
+        sums: Tensor,
+        skipped: Tensor | None,
     ) -> None:
-        self.plan, self.tables, self.rule, self.dtype = plan, tables, rule, dtype
-        n, device = len(plan.fields), tables.device
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        self.fields = torch.from_numpy(plan.fields).to(device)
-        self.constants = torch.empty(n * abi.CONSTANTS, dtype=torch.float64, device=device)
-        self.partials = torch.empty(2 * max(plan.slots, 1), dtype=compute, device=device)
-        self.parts = torch.from_numpy(plan.parts).to(device)
+        n, target = len(plan.fields), Target.of(device)
+        fields, parts, *tiles = (
+            torch.from_numpy(table).to(device)
+            for table in (plan.fields, plan.parts, *(bucket.tiles for bucket in plan.buckets))
+        )
+        row = abi.OF_RULE + kernel.rule.prepared
+        prepared = torch.empty(n * row, dtype=torch.float64, device=device)
         # Stand for a grad_scale or found_inf that is not given: one `begin` serves all steps.
-        self.no_scale = torch.ones((), dtype=torch.float32, device=device)
-        self.no_inf = torch.zeros((), dtype=torch.float32, device=device)
-        self.begin = self._begin()
-        states = tables.roles - abi.FIRST_STATE
-        counts = tables.addresses  # an int64 pointer that is not read
-        if skipped is not None:
-            # Launches follow each other, so that programs of several can add to the same count.
-            counts = skipped.slots(device, max(len(bucket.tiles) for bucket in plan.buckets))
+        self._no_scale = torch.ones((), dtype=torch.float32, device=device)
+        self._no_inf = torch.zeros((), dtype=torch.float32, device=device)
+        preparing = -(-n // PREPARE_BLOCK)
+        self.opening = Launch(
+            begin,
+            preparing + len(plan.parts),
+            (fields, prepared, parts, sums, n, preparing),
+            begin_constexprs(plan, kernel),
+            target.options(BEGIN_WARPS, pdl=False),
+        )
+        self.tensors = [fields, parts, *tiles, prepared, self._no_scale, self._no_inf]
+        counts = fields if skipped is None else skipped  # an int64 pointer that is not read
         self.steps = [
             Launch(
                 step,
                 len(bucket.tiles),
-                (
-                    torch.from_numpy(bucket.tiles).to(device),
-                    self.fields,
-                    tables.addresses,
-                    self.constants,
-                    self.partials,
-                    counts,
-                    n,
+                (own, fields, prepared, sums, counts, n),
+                step_constexprs(
+                    bucket.shape,
+                    kernel,
+                    target,
+                    skipped is not None,
+                    first=bucket is plan.buckets[0],
+                    last=bucket is plan.buckets[-1],
                 ),
-                step_constants(bucket.shape, rule, flags, states, dtype, skipped is not None),
-                bucket.shape.num_warps,
+                target.options(bucket.shape.num_warps, target.pdl),
             )
-            for bucket in plan.buckets
+            for bucket, own in zip(plan.buckets, tiles, strict=True)
         ]
 
-    def twin(self, tables: Tables) -> StepLauncher:
-        """The same launches over other tables."""
-        twin = copy.copy(self)
-        twin.tables = tables
-        addresses, groups, pointers = tables.addresses, tables.values, tables.pointers
-        twin.begin = self.begin.replaced(
-            addresses_ptr=addresses, groups_ptr=groups, pointers_ptr=pointers
-        )
-        twin.steps = [launch.replaced(addresses_ptr=addresses) for launch in self.steps]
-        return twin
-
-    def fire(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
-        """Run the step; ``grad_scale`` and ``found_inf`` are fp32 on the same device.
+    def load(self, tables: Tables) -> None:
+        """Compile and load all kernels, which a CUDA graph's capture would not allow.
 
         Raises:
-            RuntimeError: a kernel that would have to be loaded while a CUDA graph is captured.
+            RuntimeError: a kernel cannot be.
         """
-        scale = self.no_scale if grad_scale is None else grad_scale
-        inf = self.no_inf if found_inf is None else found_inf
-        self.begin.replace("grad_scale_ptr", scale)
-        self.begin.replace("found_inf_ptr", inf)
-        launches = (self.begin, *self.steps)
-        if capturing and not all(launch.loaded for launch in launches):
-            raise RuntimeError(
-                "a CUDA graph cannot capture a step whose kernels are not loaded; make a step like"
-                " it first"
-            )
-        for launch in launches:
-            launch.fire()
+        self.opening.load(*self._varying(tables, None, None))
+        for launch in self.steps:
+            launch.load(tables.addresses)
 
-    def _begin(self) -> Launch:
-        n = len(self.plan.fields)
-        prepare = -(-n // PREPARE_BLOCK)
-        args = (
-            self.fields,
-            self.tables.addresses,
-            self.tables.values,
-            self.tables.pointers,
-            self.constants,
-            self.parts,
-            self.partials,
-            self.no_scale,
-            self.no_inf,
-            n,
-            prepare,
-        )
-        constants = begin_constants(self.plan, self.rule, self.dtype)
-        return Launch(begin, prepare + len(self.parts), args, constants, BEGIN_WARPS)
+    def begin(self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Count, prepare and sum; both tensors are fp32 on the device."""
+        self.opening.fire(*self._varying(tables, grad_scale, found_inf))
+
+    def update(self, tables: Tables) -> None:
+        """Clip and update."""
+        for launch in self.steps:
+            launch.fire(tables.addresses)
+
+    def _varying(
+        self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        scale = self._no_scale if grad_scale is None else grad_scale
+        inf = self._no_inf if found_inf is None else found_inf
+        return scale, inf, tables.addresses, tables.values, tables.pointers

@@ -1,219 +1,275 @@
-"""Plans on the Triton path: which tensors go through the kernels together, kept until stale."""
+"""The Triton path's plan of a step: which tensors go through the kernels together."""
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, compress
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from agc_triton.nonfinite import SkippedUnits
 from agc_triton.rule import KernelRule, Work
-from agc_triton.triton_path.tables import CLIP_ONLY, FusedStep, Member
+from agc_triton.snapshot import Look
+from agc_triton.triton_path.buckets import Bucket, TensorUnits, plan_buckets
+from agc_triton.triton_path.launch_group import ACCESS, LaunchGroup, Member, kernel_layout
+from agc_triton.triton_path.scalars import OwnScalars, on_device
 from agc_triton.units import memory_order
 from agc_triton.validation import check_grad, check_states
 from agc_triton.versions import count_writes
 
+# A parameter and the index of its group.
+Placed = tuple[Tensor, int]
 
-class PlannedStep(NamedTuple):
-    """A fused step and what it is run on.
 
-    ``keys`` name, in the parameters' ``entries`` of optimizer.state, the step count, if they have
-    one, and the states that lie in the tables. A parameter without a gradient stays while it has
-    states, so that the plan stays too.
+class Part(NamedTuple):
+    """A launch group and what it is run on.
+
+    ``pick`` finds its parameters among all, ``entries`` are theirs in optimizer.state, and ``keys``
+    name what of these lies in the tables.
     """
 
-    step: FusedStep
-    params: list[Tensor]
+    launches: LaunchGroup
+    pick: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     entries: list[dict[str, Any]]
     keys: tuple[str, ...]
 
-    def fits(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the entries hold what the tables do; these are then up to date."""
-        try:
-            held = [list(map(itemgetter(key), self.entries)) for key in self.keys]
-        except KeyError:
-            return False
-        return self.step.refresh(self.params, held, groups)
 
-
-class OptimizerPlan:
-    """What `AGCOptimizer.step` launches, over the parameters that ``eligible`` admits.
+class TritonPlan:
+    """What a step launches, over the parameters that the kernels take; it keeps none of them.
 
     Args:
-        work: states of parameters with a gradient are created.
-        eligible: per group, the parameters that the kernels can take.
-        launcher: `agc_triton.triton_path.launches.StepLauncher`.
-        previous: the plan before, whose step counts carry over.
-        captured: as of `FusedStep`.
+        work: states of parameters with a gradient are created; all groups have been checked.
+        taken: per group, the parameters that the kernels can take.
+        own: scalars that the states do not hold.
+        skipped: where skipped units are counted; None to skip none.
+        captured: as of `LaunchGroup`.
+
+    Raises:
+        RuntimeError: a gradient or a state that cannot be walked in step with its parameter.
     """
 
     def __init__(
         self,
         work: Work,
-        eligible: Sequence[list[Tensor]],
-        launcher: Callable[..., Any],
-        previous: OptimizerPlan | None,
+        taken: Sequence[list[Tensor]],
+        own: OwnScalars,
+        skipped: SkippedUnits | None,
         captured: list[Any],
     ) -> None:
-        self._how = work.nonfinite, work.backend
-        self._grouped = [list(group["params"]) for group in work.groups]
-        self._state: Any = work.state
-        # Counts that no entry of the state holds go with the state that they were made for.
-        same_state = previous is not None and previous._state is work.state
-        self._previous = previous if same_state else None
-        self._rest = [
-            [p for p in group["params"] if p not in taken]
-            for group, taken in zip(work.groups, map(set, eligible), strict=True)
+        self._rule = work.rule.kernel
+        masks = [
+            [p not in of_group for p in group["params"]]
+            for group, of_group in zip(work.groups, map(set, taken), strict=True)
         ]
-        self.counts: dict[Tensor, Tensor] = {}
-        self._first: set[Tensor] = set()
-        self.idle: list[Tensor] = []
-        members: dict[tuple[Any, ...], list[Member]] = {}
-        for index, params in enumerate(eligible):
-            for member in self._members(work, index, params):
-                group = work.groups[index]
-                flags = work.rule.kernel.flags(group)
-                key = (member.param.device, member.param.dtype, flags, len(member.states))
-                members.setdefault(key, []).append(member)
-        self.steps = [self._planned(work, list_, launcher, captured) for list_ in members.values()]
-        self._previous = None
+        self._rest = [(index, mask) for index, mask in enumerate(masks) if any(mask)]
+        placed = [(p, index) for index, params in enumerate(taken) for p in params]
+        begun = {p for p, index in placed if _has_states(work, p, index)}
+        for index, params in enumerate(taken):
+            _create_states(work, index, params)
+        found: defaultdict[Any, list[Placed]] = defaultdict(list)
+        idle: list[Tensor] = []
+        for p, index in placed:
+            if p.grad is None and p not in begun:
+                idle.append(p)
+            else:
+                found[launch_key(self._rule, p, work.groups[index])].append((p, index))
+        _check_members(work, chain.from_iterable(found.values()))
+        self._params = params = _all_params(work)
+        self._pick_idle = _picker(params, idle)
+        self._lengths = [len(group["params"]) for group in work.groups]
+        counts = _skip_counts(work, found.values(), skipped)
+        units: defaultdict[torch.device, int] = defaultdict(int)
+        self.parts: list[Part] = []
+        for members in found.values():
+            device = members[0][0].device
+            made = _members(work, members, own, begun)
+            with _current(device):
+                launches = LaunchGroup(
+                    self._rule, made, work.groups, units[device], counts.get(device), captured
+                )
+            units[device] += sum(member.layout.n_units for member in made)
+            self.parts.append(_part(work, launches, params, members))
+        # As long as they are here, no others can be where they were.
         self._entries = list(work.state.values())
 
-    def _members(self, work: Work, index: int, params: list[Tensor]) -> list[Member]:
-        """Parameters with a gradient or states; these are created and laid out as they are."""
-        group, rule = work.groups[index], work.rule.kernel
-        # Step counts belong on the device, and clipping=0 differs only in its limit there.
-        options = {**group, "params": params, "fused": None, "capturable": True}
-        options["clipping"] = group["clipping"] or torch.inf
-        for lists, given in work.collect(options):
-            if given.get("is_first_step"):
-                self._first.update(lists.params)
-        position = {param: i for i, param in enumerate(group["params"])}
-        members = []
-        for param in params:
-            entry, at = work.state.get(param, {}), (group, index, position[param])
-            if param.grad is not None:
-                check_grad(param, param.grad, *at)
-            elif not _has_states(entry, rule, group):
-                self.idle.append(param)
-                continue
-            keys = rule.states(group)
-            check_states(param, {key: entry[key] for key in keys}, *at)
-            states = tuple(_laid_out_as(param, entry, key) for key in keys)
-            members.append(Member(param, states, index))
-        return members
+    def look(self, work: Work) -> Look | None:
+        """What there is now of what the tables hold; for this step its parameters are kept."""
+        entries, groups = work.state.values(), work.groups
+        if [len(group["params"]) for group in groups] != self._lengths:
+            return None
+        if len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
+            return None
+        self._params = params = _all_params(work)
+        rest = [
+            id(p) for index, mask in self._rest for p in compress(groups[index]["params"], mask)
+        ]
+        fixed: list[Tensor] = []
+        try:
+            for part in self.parts:
+                fixed += part.pick(params)
+                for name in part.keys:
+                    fixed += map(itemgetter(name), part.entries)
+        except KeyError:  # a state is gone
+            return None
+        return Look((id(work.state), work.nonfinite, work.backend, rest), fixed, [])
 
-    def _planned(
-        self,
-        work: Work,
-        members: list[Member],
-        launcher: Callable[..., Any],
-        captured: list[Any],
-    ) -> PlannedStep:
-        groups, rule = work.groups, work.rule.kernel
-        params = [member.param for member in members]
-        entries = [work.state.get(p, {}) for p in params]
-        if rule.counts:
-            given = [entry["step"] for entry in entries]
-        else:
-            given = list(map(self._count, params))
-        counts = _on_device(given, params[0].device)
-        self.counts.update(zip(params, counts, strict=True))
-        held = counts if rule.counts else []
-        for entry, count in zip(entries, held, strict=bool(held)):
-            entry["step"] = count
-        step = FusedStep(rule, members, groups, counts, launcher, captured)
-        keys = rule.states(groups[members[0].group])
-        return PlannedStep(step, params, entries, ("step", *keys) if rule.counts else keys)
-
-    def _count(self, param: Tensor) -> Tensor:
-        """The step count of a parameter whose state has none."""
-        known = {} if self._previous is None else self._previous.counts
-        if param in known and param not in self._first:
-            return known[param]
-        return torch.tensor(float(param not in self._first), device="cpu")
-
-    def rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Groups of the parameters that take the torch path."""
-        pairs = zip(groups, self._rest, strict=True)
-        return [{**group, "params": params} for group, params in pairs if params]
-
-    def refresh(self, work: Work) -> bool:
-        """Whether the plan fits what the optimizer holds now; its tables are then up to date."""
-        groups, state = work.groups, work.state
-        if state is not self._state or len(groups) != len(self._grouped):
+    def write_tables(self, work: Work) -> bool:
+        """Read gradients and options again; False if another plan is needed."""
+        if any(p.grad is not None for p in self._pick_idle(self._params)):
             return False
-        if (work.nonfinite, work.backend) != self._how:
-            return False
-        for group, params in zip(groups, self._grouped, strict=True):
-            if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):
-                return False
-        if len(state) != len(self._entries) or not all(map(is_, state.values(), self._entries)):
-            return False
-        if any(p.grad is not None for p in self.idle):
-            return False
-        return all(planned.fits(groups) for planned in self.steps)
+        return all(
+            part.launches.write_tables(part.pick(self._params), work.groups) for part in self.parts
+        )
 
-    def release(self) -> None:
-        """Let go of states that have been replaced; the plan fits nothing any more."""
-        self.steps, self._entries, self._state = [], [], None
+    def rest(self, groups: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+        """Groups of the parameters that take the torch path, with their index."""
+        return [
+            (index, {**groups[index], "params": list(compress(groups[index]["params"], mask))})
+            for index, mask in self._rest
+        ]
 
-    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
-        """Launch everything."""
-        for planned in self.steps:
-            device = planned.step.device
-            count_writes([p for p in planned.params if p.grad is not None])
+    def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
+        """Upload tables, count steps, sum the parts of long units."""
+        for part in self.parts:
+            device = part.launches.device
             with _current(device):
-                planned.step.run(_on(grad_scale, device), _on(found_inf, device), capturing)
+                part.launches.begin(_on(grad_scale, device), _on(found_inf, device), capturing)
+
+    def update(self) -> None:
+        """Clip and update; autograd is told of it."""
+        for part in self.parts:
+            written: Sequence[Any] = part.pick(self._params)
+            if not all(part.launches.has_grad):
+                written = list(compress(written, part.launches.has_grad))
+            count_writes([p.grad for p in written] if self._rule.writes_grad else written)
+            with _current(part.launches.device):
+                part.launches.update()
+        self._params = []
 
 
-class ClipPlan:
-    """Clips the gradients of groups of parameters, none of which it keeps alive.
+class Preview(NamedTuple):
+    """What is launched for parameters of one device and dtype."""
 
-    Args:
-        groups: ``params``, ``clipping``, ``agc_eps`` and ``unit_dim`` of each.
-        eligible: per group, the parameters that the kernels can take.
-        launcher: `agc_triton.triton_path.launches.StepLauncher`.
-        captured: as of `FusedStep`.
-    """
+    device: torch.device
+    dtype: torch.dtype
+    states: int
+    buckets: tuple[Bucket, ...]
 
-    def __init__(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        eligible: Sequence[list[Tensor]],
-        launcher: Callable[..., Any],
-        captured: list[Any],
-    ) -> None:
-        members: defaultdict[tuple[Any, ...], list[Member]] = defaultdict(list)
-        for index, params in enumerate(eligible):
-            for param in params:
-                members[param.device, param.dtype].append(Member(param, (), index))
-        self._steps: list[tuple[FusedStep, list[weakref.ref[Tensor]]]] = []
-        for list_ in members.values():
-            counts = torch.zeros(len(list_), device=list_[0].param.device, dtype=torch.float32)
-            step = FusedStep(CLIP_ONLY, list_, groups, counts.unbind(), launcher, captured)
-            self._steps.append((step, [weakref.ref(member.param) for member in list_]))
 
-    def refresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the plan fits these groups; its tables are then up to date."""
-        for step, refs in self._steps:
-            params = [p for p in (ref() for ref in refs) if p is not None]
-            if len(params) != len(refs) or not step.refresh(params, [], groups):
-                return False
-        return True
+def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
+    """What a plan for these parameters of each group would launch; nothing is created."""
+    rule = work.rule.kernel
+    found: defaultdict[Any, list[TensorUnits]] = defaultdict(list)
+    for index, (group, params) in enumerate(zip(work.groups, taken, strict=True)):
+        for p in params:
+            layout = kernel_layout(p, group["unit_dim"])
+            units = TensorUnits(layout, p.data_ptr() % ACCESS == 0, index)
+            found[launch_key(rule, p, group)].append(units)
+    previews = []
+    for (device, dtype, _, states), tensors in found.items():
+        buckets = plan_buckets(tensors, dtype.to_real().itemsize, states).buckets
+        previews.append(Preview(device, dtype, states, buckets))
+    return previews
 
-    def run(self, capturing: bool) -> None:
-        """Launch everything."""
-        for step, refs in self._steps:
-            params = [p for p in (ref() for ref in refs) if p is not None]
-            count_writes([p.grad for p in params if p.grad is not None])
-            with _current(step.device):
-                step.run(None, None, capturing)
+
+def launch_key(rule: KernelRule, param: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the parameters that are launched together have in common."""
+    return param.device, param.dtype, rule.flags(group), len(rule.states(group))
+
+
+def _picker(
+    params: Sequence[Tensor], some: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """What finds some parameters among all of them later on."""
+    position = {id(p): i for i, p in enumerate(params)}
+    positions = [position[id(p)] for p in some]
+    if positions == list(range(len(params))):
+        return lambda params: params
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda params: [params[i] for i in positions]
+
+
+def _part(
+    work: Work, launches: LaunchGroup, params: Sequence[Tensor], members: list[Placed]
+) -> Part:
+    own, index = [p for p, _ in members], members[0][1]
+    entries = [work.state.get(p, {}) for p in own]
+    keys = (*work.rule.kernel.scalars, *work.rule.kernel.states(work.groups[index]))
+    return Part(launches, _picker(params, own), entries, keys)
+
+
+def _create_states(work: Work, index: int, params: list[Tensor]) -> None:
+    """States of parameters with a gradient; step counts on their device from the start."""
+    options = {**work.groups[index], "params": params, "fused": None, "capturable": True}
+    work.collect(options)
+
+
+def _members(work: Work, placed: list[Placed], own: OwnScalars, begun: set[Tensor]) -> list[Member]:
+    """Members of one launch group; states and scalars are laid out as the kernels need them."""
+    rule, params = work.rule.kernel, [p for p, _ in placed]
+    device, group = params[0].device, work.groups[placed[0][1]]
+    scalars: list[tuple[Tensor, ...]] = [()] * len(params)
+    for key in rule.scalars:
+        held = on_device([work.state[p][key] for p in params], device)
+        for p, scalar in zip(params, held, strict=True):
+            work.state[p][key] = scalar
+        scalars = [(*before, scalar) for before, scalar in zip(scalars, held, strict=True)]
+    if rule.own_scalars:
+        of_plan = own.of(work.state, rule.own_scalars, params, begun)
+        scalars = [(*before, *more) for before, more in zip(scalars, of_plan, strict=True)]
+    members = []
+    for (p, index), of_param in zip(placed, scalars, strict=True):
+        states = tuple(_laid_out_as(p, work.state[p], key) for key in rule.states(group))
+        layout = kernel_layout(p, work.groups[index]["unit_dim"])
+        members.append(Member(p, layout, index, of_param, states))
+    return members
+
+
+def _laid_out_as(param: Tensor, entry: dict[str, Any], key: str) -> Tensor:
+    """A state; where it is not in the parameter's memory order, a copy takes its place."""
+    state: Tensor = entry[key]
+    if memory_order(state) != memory_order(param) or state.is_conj() or state.is_neg():
+        state = entry[key] = torch.empty_like(param).copy_(state)
+    return state
+
+
+def _skip_counts(
+    work: Work, groups: Iterable[list[Placed]], skipped: SkippedUnits | None
+) -> dict[torch.device, Tensor]:
+    """Room on each device for a count per unit of the plan, if units are skipped."""
+    if skipped is None:
+        return {}
+    units: defaultdict[torch.device, int] = defaultdict(int)
+    for p, index in chain.from_iterable(groups):
+        units[p.device] += kernel_layout(p, work.groups[index]["unit_dim"]).n_units
+    return {device: skipped.by_unit(device, n) for device, n in units.items()}
+
+
+def _check_members(work: Work, placed: Iterable[Placed]) -> None:
+    """Check that gradients and states can be walked in step with their parameters."""
+    position = {id(p): i for group in work.groups for i, p in enumerate(group["params"])}
+    for p, index in placed:
+        where = work.groups[index], index, position[id(p)]
+        if p.grad is not None:
+            check_grad(p, p.grad, *where)
+        keys, entry = work.rule.kernel.states(work.groups[index]), work.state.get(p, {})
+        check_states(p, {key: entry[key] for key in keys}, *where)
+
+
+def _has_states(work: Work, param: Tensor, index: int) -> bool:
+    rule, entry = work.rule.kernel, work.state.get(param, {})
+    keys = (*rule.states(work.groups[index]), *rule.scalars)
+    return all(isinstance(entry.get(key), Tensor) for key in keys)
+
+
+def _all_params(work: Work) -> list[Tensor]:
+    return list(chain.from_iterable([group["params"] for group in work.groups]))
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -223,31 +279,3 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
     return value if value is None else value.to(device, torch.float32, non_blocking=True)
-
-
-def _has_states(entry: Mapping[str, Any], rule: KernelRule, group: Mapping[str, Any]) -> bool:
-    keys = (*rule.states(group), *(("step",) if rule.counts else ()))
-    return all(isinstance(entry.get(key), Tensor) for key in keys)
-
-
-def _laid_out_as(param: Tensor, entry: dict[str, Any], key: str) -> Tensor:
-    """A state; where it is not in the parameter's memory order, a copy takes its place."""
-    state: Tensor = entry[key]
-    if memory_order(state) == memory_order(param) and not (state.is_conj() or state.is_neg()):
-        return state
-    entry[key] = torch.empty_like(param).copy_(state)
-    return _laid_out_as(param, entry, key)
-
-
-def _on_device(counts: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Step counts in fp32 on a device; those that are stay, as a captured graph may count them."""
-    fits = [count.device == device and count.dtype == torch.float32 for count in counts]
-    others = [
-        count.detach().reshape(()) for count, fit in zip(counts, fits, strict=True) if not fit
-    ]
-    if not others:
-        return counts
-    first = others[0].device
-    moved = torch.stack([count.to(first, torch.float32) for count in others]).to(device).unbind()
-    rest = iter(moved)
-    return [count if fit else next(rest) for count, fit in zip(counts, fits, strict=True)]

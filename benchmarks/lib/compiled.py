@@ -27,66 +27,82 @@ MAX_PROGRAMS_PER_SM = 32
 
 
 class MachineCode(NamedTuple):
-    """What one compiled kernel needs and does; accesses by width in bits, per thread."""
+    """What one compiled kernel needs and does; accesses by width in bits, per thread.
+
+    ``evict_first`` counts those of any width that leave the caches first, ``waits`` and
+    ``triggers`` the instructions that order overlapping launches.
+    """
 
     registers: int
     spill_bytes: int
     loads: Counter[int]
     stores: Counter[int]
+    evict_first: int
+    waits: int
+    triggers: int
 
 
 @functools.cache
 def compile_step(
-    shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype, arch: str
+    shape: TileShape, kernel: launches.Kernel, arch: str, first: bool = True, last: bool = True
 ) -> Any:
-    """`step` for one tile shape; ``arch`` is 80, 90, ... or gfx942."""
-    constants = launches.step_constants(shape, rule, flags, states, dtype)
-    return _compile(step, constants, dtype, shape.num_warps, arch)
+    """`step` for one tile shape, by its place in the step; ``arch`` is 80, 90, ... or gfx942."""
+    target = target_of(arch)
+    constexprs = launches.step_constexprs(shape, kernel, target, first=first, last=last)
+    options = target.options(shape.num_warps, target.pdl)
+    return _compile(step, constexprs, kernel.compute, options, arch)
 
 
-def compile_begin(plan: BucketPlan, rule: str, dtype: torch.dtype, arch: str) -> Any:
+def target_of(arch: str) -> launches.Target:
+    """What kernels are compiled for there."""
+    hip = arch.startswith("gfx")
+    return launches.Target(hip, pdl=not hip and int(arch) >= 90, stream=not hip)
+
+
+def compile_begin(plan: BucketPlan, kernel: launches.Kernel, arch: str) -> Any:
     """`begin`, which every step of this plan opens with."""
-    constants = launches.begin_constants(plan, rule, dtype)
-    return _compile_begin(tuple(constants.items()), dtype, arch)
+    constexprs = launches.begin_constexprs(plan, kernel)
+    return _compile_begin(tuple(constexprs.items()), kernel.compute, arch)
 
 
 @functools.cache
-def _compile_begin(constants: tuple[tuple[str, Any], ...], dtype: torch.dtype, arch: str) -> Any:
-    return _compile(begin, dict(constants), dtype, launches.BEGIN_WARPS, arch)
+def _compile_begin(constexprs: tuple[tuple[str, Any], ...], compute: torch.dtype, arch: str) -> Any:
+    options = target_of(arch).options(launches.BEGIN_WARPS, pdl=False)
+    return _compile(begin, dict(constexprs), compute, options, arch)
 
 
 _TYPES = {
     **dict.fromkeys(
         ("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr", "skipped_ptr"), "*i64"
     ),
-    **dict.fromkeys(("constants_ptr", "groups_ptr"), "*fp64"),
+    **dict.fromkeys(("prepared_ptr", "groups_ptr"), "*fp64"),
     **dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"), "*fp32"),
     **dict.fromkeys(("n_tensors", "n_prepare"), "i32"),
 }
 
 
 def _compile(
-    kernel: Any, constants: dict[str, Any], dtype: torch.dtype, num_warps: int, arch: str
+    kernel: Any, constexprs: dict[str, Any], compute: torch.dtype, options: Any, arch: str
 ) -> Any:
-    partials = "*fp64" if dtype == torch.float64 else "*fp32"
-    names = [name for name in kernel.arg_names if name not in constants]
-    types = {name: partials if name == "partials_ptr" else _TYPES[name] for name in names}
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    sums = "*fp64" if compute == torch.float64 else "*fp32"
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    types = {name: sums if name == "sums_ptr" else _TYPES[name] for name in names}
+    signature = {**types, **dict.fromkeys(constexprs, "constexpr")}
     # Tables start at addresses that torch's allocators align to 64 bytes or more.
     aligned = [(i,) for i, name in enumerate(names) if types[name].startswith("*")]
     attributes = {position: [["tt.divisibility", 16]] for position in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constexprs, attributes)
     hip = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch), 32)
-    return triton.compile(source, target=target, options=launches.compile_options(num_warps, hip))
+    return triton.compile(source, target=target, options=options)
 
 
 @functools.cache
 def step_code(
-    shape: TileShape, rule: str, flags: int, states: int, dtype: torch.dtype, arch: str
+    shape: TileShape, kernel: launches.Kernel, arch: str, first: bool = True, last: bool = True
 ) -> MachineCode:
     """Resources and accesses of `step` for one tile shape on an NVIDIA GPU."""
-    compiled = compile_step(shape, rule, flags, states, dtype, arch)
+    compiled = compile_step(shape, kernel, arch, first, last)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -104,7 +120,13 @@ def read_machine_code(usage: str, sass: str) -> MachineCode:
     registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert registers is not None
     return MachineCode(
-        int(registers[1]), int(registers[2]), _accesses(sass, "LDG"), _accesses(sass, "STG")
+        registers=int(registers[1]),
+        spill_bytes=int(registers[2]),
+        loads=_accesses(sass, "LDG"),
+        stores=_accesses(sass, "STG"),
+        evict_first=len(re.findall(r"\b(?:LDG|STG)\.E\.EF\b", sass)),
+        waits=len(re.findall(r"\bACQBULK\b", sass)),
+        triggers=len(re.findall(r"\bPREEXIT\b", sass)),
     )
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from agc_triton.triton_path import launches
+from agc_triton import routing
+from agc_triton.triton_path.launches import Kernel
 from benchmarks import kernel_report
-from benchmarks.kernel_report import BANDWIDTH, DTYPES, OPTIMIZERS, Kernel, kernel_of, plan_model
+from benchmarks.kernel_report import BANDWIDTH, DTYPES, OPTIMIZERS, kernel_of, plan_model
 from benchmarks.lib.compiled import MachineCode, read_machine_code, resident_warps
 from benchmarks.lib.workloads import TABLES
 
@@ -38,12 +40,22 @@ SASS = """
         /*0080*/              @!P0 STG.E.128 [R2.64], R4 ;
         /*0090*/                   STG.E.U16 [R2.64], R14 ;
         /*00a0*/                   STL.64 [R1], R4 ;
+        /*00b0*/                   ACQBULK ;
+        /*00c0*/                   LDG.E.EF.128 R4, [R2.64] ;
+        /*00d0*/                   STG.E.EF.128 [R2.64], R4 ;
+        /*00e0*/                   PREEXIT ;
 """
 
 
 def test_machine_code_is_counted_by_width() -> None:
     assert read_machine_code(USAGE, SASS) == MachineCode(
-        64, 16, Counter({128: 2, 64: 1, 32: 1, 16: 1, 8: 1}), Counter({128: 1, 16: 1})
+        registers=64,
+        spill_bytes=16,
+        loads=Counter({128: 3, 64: 1, 32: 1, 16: 1, 8: 1}),
+        stores=Counter({128: 2, 16: 1}),
+        evict_first=2,
+        waits=1,
+        triggers=1,
     )
 
 
@@ -63,14 +75,15 @@ def test_resident_warps(registers: int, num_warps: int, expected: int) -> None:
 
 
 def test_optimizers_ask_for_their_own_kernels() -> None:
-    assert {name: kernel_of(name) for name in OPTIMIZERS} == {
-        "SGD": Kernel("sgd", 1, 1),
-        "Adam": Kernel("adam", 0, 2),
-        "AdamW": Kernel("adam", 0, 2),
-        "AdamW-amsgrad": Kernel("adam", 1, 3),
-        "RMSprop": Kernel("rmsprop", 0, 1),
-        "RMSprop-momentum": Kernel("rmsprop", 2, 2),
-        "RMSprop-centered-momentum": Kernel("rmsprop", 3, 3),
+    kernels = {name: kernel_of(name, torch.float32) for name in OPTIMIZERS}
+    assert {name: (k.rule.name, k.flags, k.states) for name, k in kernels.items()} == {
+        "SGD": ("sgd", 1, 1),
+        "Adam": ("adam", 0, 2),
+        "AdamW": ("adam", 0, 2),
+        "AdamW-amsgrad": ("adam", 1, 3),
+        "RMSprop": ("rmsprop", 0, 1),
+        "RMSprop-momentum": ("rmsprop", 2, 2),
+        "RMSprop-centered-momentum": ("rmsprop", 3, 3),
     }
 
 
@@ -79,12 +92,14 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Every kernel has 40 registers and reads and writes p, g and states once in full width."""
     asked: list[tuple[Any, ...]] = []
 
-    def code(shape: Any, rule: str, flags: int, states: int, dtype: Any, arch: str) -> MachineCode:
-        asked.append((shape, rule, flags, states, dtype, arch))
-        width = 8 * dtype.itemsize * shape.vector
+    def code(shape: Any, kernel: Kernel, arch: str, first: bool, last: bool) -> MachineCode:
+        asked.append((shape, kernel, arch))
+        width, states = 8 * kernel.param.itemsize * shape.vector, kernel.states
         times = shape.rows * shape.columns * shape.chunks // (32 * shape.num_warps * shape.vector)
         loads = Counter({width: (2 + states) * times, 7: 1})
-        return MachineCode(40, 8, loads, Counter({width: (1 + states) * times}))
+        stores = Counter({width: (1 + states) * times})
+        waits, triggers = (2 - first, 1 - last) if arch == "90" else (0, 0)
+        return MachineCode(40, 8, loads, stores, (3 + 2 * states) * times, waits, triggers)
 
     monkeypatch.setattr(kernel_report, "step_code", code)
     monkeypatch.setattr(kernel_report, "compile_begin", lambda *_: None)
@@ -97,7 +112,7 @@ def test_a_row_per_bucket_of_every_model(
     optimizer: str, dtype: str, nothing_compiled: list[tuple[Any, ...]]
 ) -> None:
     table = kernel_report.report(MODELS, [optimizer], [dtype], ["80", "90"])
-    kernel, itemsize = kernel_of(optimizer), DTYPES[dtype].itemsize
+    kernel, itemsize = kernel_of(optimizer, DTYPES[dtype]), DTYPES[dtype].itemsize
     for (model, _), rows in table.groupby(["model", "arch"]):
         plan = plan_model(model, DTYPES[dtype], kernel.states)
         assert rows["elements"].tolist() == [bucket.elements for bucket in plan.buckets]
@@ -113,8 +128,11 @@ def test_a_row_per_bucket_of_every_model(
     assert (table["loads_per_element"] == 2 + kernel.states).all()
     assert (table["stores_per_element"] == 1 + kernel.states).all()
     assert table["load_bits"].str.endswith(" 1x7").all()
+    assert (table["evict_first"] == 1).all()
+    assert (table[table["arch"] == "sm_90"]["dependent_launch"] == "yes").all()
+    assert (table[table["arch"] == "sm_80"]["dependent_launch"] == "no").all()
     assert set(table["occupancy"]) <= {n / 64 for n in range(32, 65)}
-    assert {asked[1:4] for asked in nothing_compiled} == {tuple(kernel)}
+    assert {asked[1] for asked in nothing_compiled} == {kernel}
 
     summary = kernel_report.summary(table)
     assert len(summary) == 2 * len(MODELS)
@@ -124,7 +142,7 @@ def test_a_row_per_bucket_of_every_model(
 def test_kernels_are_not_reported_where_they_are_interpreted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launches, "interpreted", lambda: True)
+    monkeypatch.setattr(routing, "interpreted", lambda: True)
     with pytest.raises(SystemExit):
         kernel_report.main(["--out", str(tmp_path / "rows.csv")])
     assert "unset it" in capsys.readouterr().err
@@ -143,10 +161,12 @@ for optimizer, length, dtype, arch in (
     ("AdamW-amsgrad", 1 << 20, torch.bfloat16, "80"),
     ("AdamW", 1 << 20, torch.bfloat16, "80"),
 ):
-    kernel = kernel_of(optimizer)
-    units = TensorUnits(UnitLayout(1, 2, length), True, 0)
+    kernel = kernel_of(optimizer, dtype)
+    units = TensorUnits(UnitLayout(1, 1, 2, length), True, 0)
     shape = ideal_shape(units, dtype.itemsize, kernel.states)
-    code = step_code(shape, *kernel, dtype, arch)
+    code = step_code(shape, kernel, arch)
+    assert code.evict_first == code.loads[128] + code.stores[128]
+    assert code.waits == (arch == "90") and not code.triggers
     warps = resident_warps(code.registers, shape.num_warps)
     print(optimizer, code.spill_bytes, warps, code.loads[128], code.stores[128])
 """
@@ -156,10 +176,11 @@ COMPILE_AMD = """
 import re, torch
 from agc_triton.triton_path.buckets import TensorUnits, ideal_shape
 from agc_triton.units import UnitLayout
+from benchmarks.kernel_report import kernel_of
 from benchmarks.lib.compiled import compile_step
 for length in (5_000, 14_336, 300_000):
-    shape = ideal_shape(TensorUnits(UnitLayout(1, 2, length), True, 0), 4, 2)
-    code = compile_step(shape, "adam", 0, 2, torch.float32, "gfx942").asm["amdgcn"]
+    shape = ideal_shape(TensorUnits(UnitLayout(1, 1, 2, length), True, 0), 4, 2)
+    code = compile_step(shape, kernel_of("AdamW", torch.float32), "gfx942").asm["amdgcn"]
     print(shape.num_warps, *re.findall(r"max_flat_workgroup_size: *(\\d+)", code))
 """
 
@@ -192,3 +213,25 @@ def test_programs_on_amd_gpus_have_as_many_threads() -> None:
     assert len(lines) == 3
     for warps, threads in lines:
         assert int(threads) == 32 * int(warps) <= 1024
+
+
+COMPILE_IN_ORDER = """
+import torch
+from agc_triton.triton_path.buckets import TileShape
+from benchmarks.lib.compiled import step_code
+from benchmarks.kernel_report import kernel_of
+kernel, shape = kernel_of("SGD", torch.float32), TileShape(1, 128, 2, 1, 4, False, False)
+for arch in ("80", "90"):
+    for first, last in ((True, False), (False, False), (False, True), (True, True)):
+        code = step_code(shape, kernel, arch, first, last)
+        print(arch, code.waits, code.triggers)
+"""
+
+
+def test_launches_overlap_where_they_can() -> None:
+    # The first waits at its beginning, the others at both of their ends; the last starts nobody.
+    waits_and_triggers = [("1", "1"), ("2", "1"), ("2", "0"), ("1", "0")]
+    assert run_compiler(COMPILE_IN_ORDER) == [
+        *(["80", "0", "0"] for _ in waits_and_triggers),
+        *(["90", *pair] for pair in waits_and_triggers),
+    ]

@@ -1,6 +1,6 @@
 """What PyTorch tests of its own optimizers beyond numbers: hooks that act, old and odd checkpoints.
 
-Both paths beside torch.optim; that each hook fires at all is in test_torch_features.
+Both paths beside torch.optim; that each hook fires at all is in test_features.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.testing._internal.common_optimizers import optim_db
 
+from agc_triton import adaptive_clip_grad_
 from tests.support.helpers import PAIRS, make_params, same, set_grads, train
 from tests.support.triton_cases import DEVICE
 
@@ -315,10 +316,58 @@ def test_the_default_device_is_no_matter(
             set_grads(params, seed)
             with torch.device(default if seed or starts else "cpu"):
                 optimizer.step()
-        optimizer.state[params[0]].pop("step", None)  # torch makes RMSprop's on the default device
         return [*params, *states(optimizer, params)]
 
     assert same(stepped("meta"), stepped("cpu"))
+
+
+class OnGPU(Tensor):
+    """A step count that says it is on one, as after training there."""
+
+    device = property(lambda self: torch.device("cuda:0"))
+    is_cpu = property(lambda self: False)
+
+    def to(self, device: torch.device) -> Tensor:  # type: ignore[override]  # as it is called
+        """Its value, on a CPU."""
+        assert device.type == "cpu"
+        return self.as_subclass(Tensor).clone()
+
+
+@pytest.mark.parametrize("mode", [{}, {"foreach": True}, {"clipping": 0}], ids=str)
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_step_counts_follow_their_parameters_to_the_cpu(cls: Any, mode: dict[str, Any]) -> None:
+    def run(between: Any) -> list[Any]:
+        params: list[Any] = make_params()
+        optimizer = PAIRS[cls](params, lr=0.1, **mode)
+        for seed in range(2):
+            set_grads(params, seed)
+            optimizer.step()
+            for state in optimizer.state.values():
+                state["step"] = between(state["step"])
+        set_grads(params, 2)
+        optimizer.step()
+        assert all(type(state["step"]) is Tensor for state in optimizer.state.values())
+        return [*params, *states(optimizer, params)]
+
+    assert same(run(lambda step: step.as_subclass(OnGPU)), run(lambda step: step))
+
+
+@every_class
+def test_a_process_forked_after_cuda_was_used_steps_on_the_cpu(
+    cls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any) -> bool:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
+    params = [p.detach().cpu() for p in make_params()]
+    optimizer = PAIRS[cls](params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    adaptive_clip_grad_(params)
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])

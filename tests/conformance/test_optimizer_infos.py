@@ -1,6 +1,6 @@
 """The configurations that torch tests its own optimizers with, where no unit is over its limit.
 
-The torch path without clipping, and its modes with, are in test_torch_parity, bit for bit.
+The torch path without clipping, and its modes with, are in test_parity, bit for bit.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ ERROR_INPUTS = [
 
 @pytest.mark.parametrize(("name", "case"), ERROR_INPUTS)
 def test_backend_triton_raises_torchs_errors(name: str, case: Any) -> None:
-    # backend="auto" is in test_torch_errors.
+    # backend="auto" is in test_errors.
     assert case.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
     given = case.optimizer_error_input
     params = [Parameter(torch.ones(2, 3))] if given.params is None else given.params

@@ -166,7 +166,7 @@ def test_blocks_do_not_change_a_bit(
     monkeypatch: pytest.MonkeyPatch, name: str, mode: str, block: int
 ) -> None:
     monkeypatch.setattr(agc_triton.torch_path.blocks, "BLOCK", block)
-    monkeypatch.setattr(agc_triton.torch_path.blocks, "JOINED", 0)
+    monkeypatch.setattr(agc_triton.torch_path.blocks, "PACKED", 0)
     shapes = ((20, 16), (5, 64), (48, 5), (400,))
     assert_same_run(name, {**STATEFUL[name], **MODES[mode]}, UNREACHED, shapes=shapes)
 
@@ -177,5 +177,27 @@ def test_odd_blocks_do_not_change_a_bit_of_the_for_loop(
     monkeypatch: pytest.MonkeyPatch, name: str, block: int
 ) -> None:
     monkeypatch.setattr(agc_triton.torch_path.blocks, "BLOCK", block)
-    monkeypatch.setattr(agc_triton.torch_path.blocks, "JOINED", 0)
+    monkeypatch.setattr(agc_triton.torch_path.blocks, "PACKED", 0)
     assert_same_run(name, {**STATEFUL[name], "fused": False}, UNREACHED)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sparse_gradients_without_clipping(momentum: float) -> None:
+    results = []
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (torch.optim.SGD, {}),
+        (agc_triton.SGD_AGC, {"clipping": 0}),
+    ]
+    for cls, ours in cases:
+        (param,) = make_params([(4, 3)])
+        optimizer: Any = cls([param], lr=0.1, momentum=momentum, dampening=0.5, **ours)
+        for row in (1, 1, 2):
+            param.grad = torch.sparse_coo_tensor(
+                torch.tensor([[row]], device=param.device),
+                torch.ones(1, 3, device=param.device),
+                param.shape,
+                check_invariants=True,
+            )
+            optimizer.step()
+        results.append((param.detach(), optimizer.state[param]))
+    assert same(*results)

@@ -211,8 +211,8 @@ def test_auto_takes_the_kernels_and_the_torch_path_for_what_is_on_the_cpu() -> N
         optimizer.step()
         ours.check(on_gpu, states_of(optimizer, on_gpu))
         theirs.check(on_cpu, states_of(optimizer, on_cpu))
-    (part,) = plan_of(optimizer).steps
-    assert len(part.params) == len(on_gpu)
+    (part,) = plan_of(optimizer).parts
+    assert len(part.entries) == len(on_gpu)
 
 
 def test_parameters_move_to_the_cpu_and_back() -> None:
@@ -230,7 +230,7 @@ def test_parameters_move_to_the_cpu_and_back() -> None:
         oracle.step(make_grads(seed))
         optimizer.step()
         oracle.check(params, states_of(optimizer, params))
-        assert (optimizer._paths.plan is not None) == (device == "cuda")
+        assert (optimizer._paths.triton.plan is not None) == (device == "cuda")
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_a_parameter_with_gaps_takes_the_torch_path_with_one_warning() -> None:
         oracle.check([param], states_of(optimizer, [param]))
     messages = [str(w.message) for w in caught]
     assert messages == ["CUDA parameters take the torch path: it is not dense in memory"]
-    assert len(plan_of(optimizer).steps[0].params) == 1
+    assert len(plan_of(optimizer).parts[0].entries) == 1
 
 
 @pytest.mark.usefixtures("warned_afresh")
@@ -391,3 +391,27 @@ def test_clipping_and_a_learning_rate_on_another_gpu() -> None:
         oracle.step([grad])
         optimizer.step()
         oracle.check([param], states_of(optimizer, [param]))
+
+
+def test_a_dropped_plan_is_read_to_the_end_on_another_stream() -> None:
+    params = make_params()
+    options = {**STATEFUL["AdamW"], "clipping": CLIPPING}
+    optimizer = AdamW_AGC(params, **options)
+    oracle = KernelOracle("AdamW", params, **options)
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
+    for seed in range(6):
+        grads = make_grads(seed)
+        set_grads(params, grads)
+        oracle.step(grads)
+        if seed % 2 == 0:  # makes the plan here
+            optimizer.step()
+            continue
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]  # torch's
+            optimizer.step()
+        optimizer._paths.release()
+        filler = [torch.full((n,), -1, device="cuda") for n in (16, 64, 256, 1024) * 16]
+        torch.cuda.current_stream().wait_stream(stream)
+        del filler
+    oracle.check(params, states_of(optimizer, params))

@@ -21,6 +21,7 @@ from tests.support.triton_cases import (
     DEVICE,
     TRITON,
     KernelOracle,
+    bound_args,
     bucket_plans,
     check_clipped,
     make_grad,
@@ -174,7 +175,9 @@ def test_a_number_replaced_by_an_equal_tensor_on_the_device_is_read_there() -> N
     # As a graph replays it: a new value, and only the launches.
     lr.zero_()
     before = [p.clone() for p in params]
-    plan_of(optimizer).run(None, None, False)
+    plan_of(optimizer).begin(None, None, False)
+    for part in plan_of(optimizer).parts:
+        part.launches.update()
     assert all(map(torch.equal, params, before))
 
 
@@ -249,9 +252,10 @@ def test_what_scratch_memory_held_does_not_matter(name: str) -> None:
     oracle = KernelOracle(name, params, **STATEFUL[name], clipping=CLIPPING)
     for step, value in enumerate((0.0, torch.inf, 1e300)):
         if step:
-            (part,) = plan_of(optimizer).steps
-            part.step.launcher.constants.fill_(value)
-            part.step.launcher.partials.fill_(min(value, 1e38))
+            (part,) = plan_of(optimizer).parts
+            args = bound_args(part.launches.launcher.opening)
+            args["prepared_ptr"].fill_(value)
+            args["sums_ptr"].fill_(min(value, 1e38))
         grads = [make_grad(p.shape, seed=step).float().to(DEVICE) for p in params]
         oracle.step(grads)
         step_with(optimizer, params, grads)
@@ -361,3 +365,18 @@ def test_clipping_alone(dtype: torch.dtype) -> None:
     assert params[-1].grad is None
     for param, grad in zip(params[:-1], grads, strict=False):
         check_clipped(param, grad, param.grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_infinite_weight_without_decay_stays_infinite(name: str) -> None:
+    weight = make_weight((2, 3)).float()
+    weight[0, 1] = torch.inf
+    results = []
+    for backend in ("triton", "torch"):
+        param = weight.to(DEVICE)
+        optimizer = build(name, [param], {**STATEFUL[name], "weight_decay": 0, "backend": backend})
+        for seed in range(2):
+            step_with(optimizer, [param], [make_grad((2, 3), seed=seed).float().to(DEVICE)])
+        results.append(param)
+    assert results[0].isinf().equal(weight.isinf().to(DEVICE))
+    torch.testing.assert_close(*results)

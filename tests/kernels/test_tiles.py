@@ -14,6 +14,7 @@ from torch import Tensor
 
 import agc_triton.triton_path.buckets
 from agc_triton import adaptive_clip_grad_
+from agc_triton.kernels import abi
 from agc_triton.triton_path.buckets import TensorUnits, ideal_shape
 from agc_triton.units import UnitLayout
 from tests.support.cases import STATEFUL, build
@@ -24,6 +25,7 @@ from tests.support.triton_cases import (
     Guarded,
     GuardedRun,
     KernelOracle,
+    bound_args,
     bucket_plans,
     check_clipped,
     make_grad,
@@ -47,7 +49,7 @@ def unmerged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def units(length: int, aligned: bool = True, outer: int = 1) -> TensorUnits:
-    return TensorUnits(UnitLayout(outer, 2, length // outer), aligned, 0)
+    return TensorUnits(UnitLayout(1, outer, 2, length // outer), aligned, 0)
 
 
 def boundaries(dtype: torch.dtype, states: int) -> list[int]:
@@ -196,7 +198,7 @@ def test_one_long_unit() -> None:
     run = GuardedRun("SGD", [make_weight((1, 197, 1024))], SGD)
     run.step()
     (plan,) = bucket_plans(run.optimizer)
-    assert plan.slots == 25
+    assert plan.sums == 25
 
 
 @pytest.mark.usefixtures("unmerged")
@@ -212,7 +214,7 @@ def test_parts_longer_than_a_tile(
     run.step()
     (plan,) = bucket_plans(run.optimizer)
     (bucket,) = plan.buckets
-    assert len(plan.parts) == plan.slots == 2 * 2
+    assert len(plan.parts) == plan.sums == 2 * 2
     assert len(bucket.tiles) > len(plan.parts)
 
 
@@ -290,7 +292,7 @@ def test_all_dtypes_in_one_optimizer() -> None:
         optimizer.step()
         for dtype, list_ in params.items():
             oracles[dtype].check(list_, states_of(optimizer, list_))
-    assert len(plan_of(optimizer).steps) == len(params)
+    assert len(plan_of(optimizer).parts) == len(params)
 
 
 @pytest.mark.usefixtures("unmerged")
@@ -306,14 +308,13 @@ def test_offsets_beyond_32_bits(unit_dim: int) -> None:
     run.step(grads=grads)
     # As if each tensor began 24 GiB before where it is, and were stepped from there on.
     far = 3 << 31
-    (part,) = plan_of(run.optimizer).steps
-    launcher, addresses = part.step.launcher, part.step.tables.addresses
-    for launch in launcher.steps:
-        launch.args[0][:, 1] += far
-    launcher.parts[:, 1] += far
-    counts = 2  # their row; they have no offset
-    for role in {*range(launcher.tables.roles)} - {counts}:
-        addresses.view(launcher.tables.roles, -1)[role] -= far * 4
+    (part,) = plan_of(run.optimizer).parts
+    launcher, tables = part.launches.launcher, part.launches.tables
+    for launch in (launcher.opening, *launcher.steps):
+        bound_args(launch)["tiles_ptr"][:, 1] += far
+    addresses = tables.addresses
+    for role in {*range(tables.roles)} - {abi.SCALARS}:  # a count has no offset
+        addresses.view(tables.roles, -1)[role] -= far * 4
     altered = addresses.clone()
     for grad in grads:
         grad.mul_(-0.5)

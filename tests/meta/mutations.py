@@ -61,7 +61,7 @@ def copy_of_tree() -> Iterator[Path]:
     """A temporary copy of what the tests need, without caches and hidden files."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
-        ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out", "docs")
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out")
         shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
         yield tree
 

@@ -43,9 +43,13 @@ BAD_OPTIONS: list[tuple[str, Any, type[Exception], str, str]] = [
     ("agc_eps", 1e39, ValueError, "1e+39", "3.4e+38"),
     ("agc_eps", None, TypeError, "NoneType", "float"),
     ("agc_eps", False, TypeError, "bool", "float"),
-    ("unit_dim", 1.0, TypeError, "float", "int or None"),
-    ("unit_dim", True, TypeError, "bool", "int or None"),
-    ("unit_dim", "0", TypeError, "str", "int or None"),
+    ("unit_dim", 1.0, TypeError, "float 1.0", "an int, a tuple"),
+    ("unit_dim", True, TypeError, "bool True", "an int, a tuple"),
+    ("unit_dim", "0", TypeError, "str '0'", "'tensor' or None"),
+    ("unit_dim", (0, (1, 2, 3)), TypeError, "(0, (1, 2, 3))", "(int, parts) pairs"),
+    ("unit_dim", (0, 0), ValueError, "(0, 0)", "twice"),
+    ("unit_dim", (0, 1), ValueError, "(0, 1)", "no dimension"),
+    ("unit_dim", ((0, 3),), ValueError, "((0, 3),)", "not equal"),
     ("unit_dim", 2, ValueError, "unit_dim 2 ", "-2"),
     ("unit_dim", -3, ValueError, "unit_dim -3 ", "-2"),
 ]
@@ -173,10 +177,12 @@ def overlapping(param: Parameter) -> None:
 
 
 def fsdp1(param: Parameter) -> None:
+    param.data = param.detach().clone()  # it lies in a flat parameter from then on
     param._is_flat_param = True  # type: ignore[attr-defined]  # as FSDP1's FlatParameter
 
 
 def fsdp1_original(param: Parameter) -> None:
+    param.data = param.detach().clone()
     param._fsdp_flattened = True  # type: ignore[attr-defined]  # as FSDP1 with use_orig_params
 
 
@@ -246,7 +252,7 @@ def test_a_group_whose_check_fails_is_not_added(
     params = make_params([(4, 3), (4, 3)])
     optimizer = target(params[:1])
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     for module in ("optimizer", "wrapper"):

@@ -44,7 +44,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Both backends; with the torch path small tensors are joined or each in its own block."""
     name, _, alone = request.param.partition(", ")
     if alone:
-        monkeypatch.setattr(blocks, "JOINED", 0)
+        monkeypatch.setattr(blocks, "PACKED", 0)
     return str(name)
 
 
@@ -166,7 +166,7 @@ def test_units_along_another_dimension_and_in_another_memory_order(name: str, ba
 @every_name
 def test_blocks_that_cut_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 16)
-    monkeypatch.setattr(blocks, "JOINED", 0)
+    monkeypatch.setattr(blocks, "PACKED", 0)
     params = [randn((3, 50)), randn((40,)), in_order(randn((5, 3, 4)), (1, 0, 2)), randn((9, 4))]
     steps: list[list[Spoil]] = [
         [(0, (1, 49), NAN), (1, (20,), INF), (2, (4, 2, 3), NAN), (3, (8, 0), NAN)],

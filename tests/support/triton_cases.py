@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from agc_triton.triton_path.buckets import BucketPlan, TileShape
-from agc_triton.triton_path.plan import OptimizerPlan
+from agc_triton.triton_path.launches import Launch
+from agc_triton.triton_path.plan import TritonPlan
 from tests.support.cases import Kwargs, build, step_with
 from tests.support.oracle import Oracle, Rounded, as_float64, clip, exact
 from tests.support.tolerances import TOLERANCES, Tolerance
@@ -124,16 +125,22 @@ def states_of(optimizer: Any, params: Sequence[Tensor]) -> list[dict[str, Tensor
     return [optimizer.state.get(p, {}) for p in params]
 
 
-def plan_of(optimizer: Any) -> OptimizerPlan:
+def plan_of(optimizer: Any) -> TritonPlan:
     """The plan that an optimizer has made."""
-    plan = optimizer._paths.plan
-    assert isinstance(plan, OptimizerPlan)
+    plan = optimizer._paths.triton.plan
+    assert isinstance(plan, TritonPlan)
     return plan
 
 
 def bucket_plans(optimizer: Any) -> list[BucketPlan]:
     """What the planner decided, per dtype and set of flags."""
-    return [part.step.plan for part in plan_of(optimizer).steps]
+    return [part.launches.plan for part in plan_of(optimizer).parts]
+
+
+def bound_args(launch: Launch) -> dict[str, Any]:
+    """The arguments that a launch keeps from step to step, by name."""
+    names = launch.kernel.arg_names
+    return dict(zip(names[len(names) - len(launch.bound) :], launch.bound, strict=True))
 
 
 def tile_shapes(optimizer: Any) -> set[TileShape]:

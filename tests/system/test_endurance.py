@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from agc_triton.triton_path.launch_group import LaunchGroup
 from agc_triton.triton_path.launches import Launch
-from agc_triton.triton_path.plan import OptimizerPlan
-from agc_triton.triton_path.tables import FusedStep
+from agc_triton.triton_path.plan import TritonPlan
 from tests.support.cases import NAMES, STATEFUL, build
 from tests.support.helpers import same, train
 from tests.support.triton_cases import DEVICE
@@ -41,7 +41,7 @@ def census() -> tuple[int, dict[str, int]]:
     """How many objects there are, and how many of them are tensors and plans."""
     gc.collect()
     objects = gc.get_objects()
-    kinds = {"tensors": Tensor, "plans": OptimizerPlan, "fused steps": FusedStep}
+    kinds = {"tensors": Tensor, "plans": TritonPlan, "launch groups": LaunchGroup}
     counts = {key: sum(issubclass(type(x), kind) for x in objects) for key, kind in kinds.items()}
     return len(objects), counts
 
@@ -80,7 +80,7 @@ def test_steps_leave_no_memory_behind(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Triton's interpreter is too slow to trace, and allocates on its own: plans only.
-    monkeypatch.setattr(Launch, "fire", lambda launch: None)
+    monkeypatch.setattr(Launch, "fire", lambda launch, *varying: None)
     params = triton_params()
     optimizer = make(name, params, backend)
     tracemalloc.start()

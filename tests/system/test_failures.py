@@ -132,7 +132,7 @@ def interrupt(patch: pytest.MonkeyPatch, backend: str, call: int) -> None:
         patch.setattr(torch.linalg, "vector_norm", norm)
     else:
         fire = Failing(agc_triton.triton_path.launches.Launch.fire, call, KeyboardInterrupt())
-        patch.setattr(agc_triton.triton_path.launches.Launch, "fire", lambda launch: fire(launch))
+        patch.setattr(agc_triton.triton_path.launches.Launch, "fire", lambda *args: fire(*args))
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
@@ -160,6 +160,22 @@ def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
     train(optimizer, params, range(2, 4))
     assert same(params, others)
     assert same(optimizer.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("mode", [{}, {"foreach": True}, {"nonfinite": "skip_unit"}], ids=str)
+@every_name
+def test_what_interrupts_the_first_norms_changes_nothing(
+    name: str, mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = on_backend("torch")
+    optimizer = stateful(name, params, "torch", **mode)
+    train(optimizer, params, range(2))
+    set_grads(params, 7)
+    for call in (1, 2):
+        with monkeypatch.context() as patch, nothing_changes(params, optimizer):
+            interrupt(patch, "torch", call)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
 
 
 @every_name

@@ -33,7 +33,7 @@ def run_on_torch(name: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):  # blocks that cut units, nothing in batches
             patch.setattr(blocks, "BLOCK", 8)
-            patch.setattr(blocks, "JOINED", 0)
+            patch.setattr(blocks, "PACKED", 0)
         run(name, "torch", dtypes, data)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import agc_triton.clipping
 from agc_triton import adaptive_clip_grad_
@@ -26,6 +25,7 @@ from tests.support.helpers import same, train
 from tests.support.triton_cases import (
     CLIPPING,
     DEVICE,
+    bound_args,
     check_clipped,
     make_grad,
     make_weight,
@@ -83,7 +83,7 @@ class Recorded:
             self.optimizer.step()
         return self.launches
 
-    def record(self, launch: Launch) -> None:
+    def record(self, launch: Launch, *varying: Any) -> None:
         """Which kernel, how many programs, and the contents of its tables."""
         names = {p.data_ptr(): f"p{i}" for i, p in enumerate(self.params)}
         for i, p in enumerate(self.params):
@@ -92,17 +92,22 @@ class Recorded:
             for key, state in self.optimizer.state.get(p, {}).items():
                 names[state.data_ptr()] = f"{key}{i}"
         plan = plan_of(self.optimizer)
+        own = self.optimizer._paths.triton._own
         for i, p in enumerate(self.params):
-            if p in plan.counts:
-                names[plan.counts[p].data_ptr()] = f"step{i}"
-        (part,) = plan.steps
-        tables, launcher = part.step.tables, part.step.launcher
-        mine = [*vars(tables).values(), *vars(launcher).values(), tables.pointers]
-        mine += self.optimizer._paths.skipped._slots.get(torch.device(DEVICE), [])
-        storages = {x.untyped_storage().data_ptr() for x in mine if isinstance(x, Tensor)}
-        assert all(x.untyped_storage().data_ptr() in storages for x in launch.args[1:6])
+            for scalar in own._known.get(p, ()):
+                names[scalar.data_ptr()] = f"own{i}"
+        (part,) = plan.parts
+        tables, launcher = part.launches.tables, part.launches.launcher
+        args = bound_args(launch)
+        shared = bound_args(launcher.opening)
+        for name in ("tensors_ptr", "prepared_ptr", "sums_ptr"):
+            assert args[name] is shared[name]
+        if launch is not launcher.opening:
+            skipped = self.optimizer._paths.skipped._by_unit[torch.device(DEVICE)]
+            assert args["skipped_ptr"] is skipped[-1]
+        assert any(x is tables.addresses for x in varying)
         addresses = [a and names[a] for a in tables.addresses.tolist()]
-        contents = launch.args[0].tolist(), addresses, tables.values.clone()
+        contents = args["tiles_ptr"].tolist(), addresses, tables.values.clone()
         self.launches.append((launch.kernel.__name__, launch.grid, contents))
 
 
@@ -124,7 +129,7 @@ def test_the_torch_path_steps_as_if_alone(name: str) -> None:
 def test_plans_are_made_and_refreshed_as_if_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Launch, "fire", lambda launch: Recorded.now.run.record(launch))
+    monkeypatch.setattr(Launch, "fire", lambda *args: Recorded.now.run.record(*args))
 
     def run(seed: int) -> list[Any]:
         return Recorded(name, seed).train(16)

@@ -55,7 +55,7 @@ CASES = [case for case in STATEFUL_CASES if case[1] in ("default", "not fused")]
 def cut(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Blocks of this many elements, and none that go through in one batch."""
     monkeypatch.setattr(blocks, "BLOCK", block)
-    monkeypatch.setattr(blocks, "JOINED", 0)
+    monkeypatch.setattr(blocks, "PACKED", 0)
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def test_batches_of_small_tensors(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, block: int, joined: int
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK", block)
-    monkeypatch.setattr(blocks, "JOINED", joined)
+    monkeypatch.setattr(blocks, "PACKED", joined)
     shapes: tuple[tuple[int, ...], ...] = (
         *((7,), (8,), (9,), (), (8, 1, 1), (1, 9), (2, 4), (2, 2, 2), (4, 2), (3, 3)),
         *((8, 1, 1), (3, 2), (7,), (), (1, 4)),  # units that look like others'
@@ -117,6 +117,6 @@ def test_parameters_larger_than_a_block(name: str) -> None:
     rows, inner = blocks.BLOCK // 1000 + 6, blocks.BLOCK // 10_000 + 1
     params = [randn((rows, 1000)), in_order(randn((10, 1000, inner)), (2, 0, 1))]
     assert all(p.numel() > blocks.BLOCK for p in params)
-    one_unit = randn((blocks.JOINED + 1,))
+    one_unit = randn((blocks.PACKED + 1,))
     # Among so many elements L2 decay would cancel some gradients to nothing but rounding.
     check_steps(name, "default", [*params, one_unit], weight_decay=0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from agc_triton import SGD_AGC, dispatch, snapshot
+from agc_triton import SGD_AGC, snapshot, validation
 from agc_triton.snapshot import Layouts
 from agc_triton.triton_path.gradients import Gradients
 from tests.support.helpers import set_grads
@@ -130,7 +130,7 @@ def test_checks_are_made_again_only_when_something_has_changed(
     params = [Parameter(torch.ones(4, 3)), Parameter(torch.ones(5, dtype=torch.bfloat16))]
     optimizer = SGD_AGC(params, lr=0.1)
     checked: list[int] = []
-    monkeypatch.setattr(dispatch, "check_grad", lambda *args: checked.append(1))
+    monkeypatch.setattr(validation, "check_grad", lambda *args: checked.append(1))
 
     def step_checks() -> int:
         checked.clear()

@@ -26,7 +26,7 @@ SHAPES = ((4,), (2, 3), (), (8, 5), (37,))
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 12)
-    monkeypatch.setattr(blocks, "JOINED", 8)
+    monkeypatch.setattr(blocks, "PACKED", 8)
 
 
 def make_training(name: str = "AdamW", **options: Any) -> Training:
@@ -35,8 +35,7 @@ def make_training(name: str = "AdamW", **options: Any) -> Training:
 
 
 def plans_of(optimizer: Any) -> dict[tuple[int, ...], BlockPlan]:
-    plans: dict[tuple[int, ...], BlockPlan] = optimizer._paths.blocks._plans
-    return dict(plans)
+    return {at: cached.plan for at, cached in optimizer._paths.blocks.items() if cached.plan}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 from unittest import mock
 
 import numpy as np
@@ -26,21 +27,28 @@ from agc_triton.units import UnitLayout, unit_layout
 from benchmarks.lib.workloads import TABLES, load_shapes
 
 Indices = npt.NDArray[np.int64]
+FIRST_UNIT = 7  # of another launch group's are before
 
 
 def rows(length: int, units: int = 2, aligned: bool = True, group: int = 0) -> TensorUnits:
-    return TensorUnits(UnitLayout(1, units, length), aligned, group)
+    return TensorUnits(UnitLayout(1, 1, units, length), aligned, group)
 
 
 def strided(outer: int, inner: int, units: int = 2) -> TensorUnits:
-    return TensorUnits(UnitLayout(outer, units, inner), True, 0)
+    return TensorUnits(UnitLayout(1, outer, units, inner), True, 0)
+
+
+def contiguous_layout(shape: Sequence[int]) -> UnitLayout:
+    layout = unit_layout(torch.Size(shape), tuple(range(len(shape))), None)
+    assert layout is not None
+    return layout
 
 
 def tile_elements(plan: BucketPlan) -> Iterator[tuple[TileShape, int, list[Indices]]]:
     """Per tile: its shape, its tensor, and where the elements of each of its units lie."""
     for bucket in plan.buckets:
         shape = bucket.shape
-        for tensor, offset, third, _ in bucket.tiles.tolist():
+        for tensor, offset, third, *_ in bucket.tiles.tolist():
             length, inner, stride = plan.fields[tensor, :3].tolist()
             start, count = (third, 1) if shape.split else (0, third)
             columns = np.arange(start, start + min(length - start, shape.capacity))
@@ -56,42 +64,63 @@ def assert_covers(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> None:
     """Every element of every tensor lies in one tile, and tile rows hold whole units."""
     seen = [np.zeros(math.prod(t.layout), np.int64) for t in tensors]
     for shape, tensor, units in tile_elements(plan):
-        outer, count, inner = tensors[tensor].layout
+        _, outer, count, inner = tensors[tensor].layout
         for elements in units:
             np.add.at(seen[tensor], elements, 1)
-            assert len(set((elements // inner % count).tolist())) == 1
+            batch = elements // (outer * count * inner)
+            assert len(set((batch * count + elements // inner % count).tolist())) == 1
             if not shape.split:
                 assert len(elements) == outer * inner
     for times in seen:
         assert np.all(times == 1)
 
 
+def unit_numbers(tensors: Sequence[TensorUnits]) -> dict[tuple[int, int], int]:
+    """The number of each unit, by its tensor and where it begins."""
+    numbers: dict[tuple[int, int], int] = {}
+    for i, tensor in enumerate(tensors):
+        batch, outer, units, inner = tensor.layout
+        for b, u in product(range(batch), range(units)):
+            numbers[i, b * outer * units * inner + u * inner] = FIRST_UNIT + len(numbers)
+    return numbers
+
+
+def assert_numbers_units(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> None:
+    """A tile knows its first unit's number, and the next units' follow."""
+    numbers = unit_numbers(tensors)
+    for bucket in plan.buckets:
+        for tensor, offset, third, unit, _ in bucket.tiles.tolist():
+            inner = tensors[tensor].layout.inner
+            for row in range(1 if bucket.shape.split else third):
+                assert numbers[tensor, offset + row * inner] == unit + row
+
+
 def assert_sums_parts(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> None:
-    """Parts cover long units once, in slots of their own that the tiles of the unit start from."""
-    assert sorted(plan.parts[:, 3].tolist()) == list(range(plan.slots))
-    first_slots: dict[tuple[int, int], int] = {}
-    for tensor, offset, start, slot in plan.parts.tolist():
+    """Parts cover long units once, and each has a pair of sums of its own."""
+    numbers, first = unit_numbers(tensors), dict[int, int]()
+    assert sorted(plan.parts[:, 4].tolist()) == list(range(plan.sums))
+    for tensor, offset, start, unit, at in plan.parts.tolist():
         span = int(plan.fields[tensor, 4])
+        assert numbers[tensor, offset] == unit
         assert start % span == 0
-        slots = first_slots.setdefault((tensor, offset), slot)
-        assert slot == slots + start // span
         assert start // span < buckets.MAX_PARTS
+        assert first.setdefault(unit, at) == at - start // span
     covered = [t[0] for t in plan.parts.tolist()]
     for bucket in plan.buckets:
         if not bucket.shape.split:
             continue
         for tensor in bucket.tensors:
             layout, span = tensors[tensor].layout, int(plan.fields[tensor, 4])
-            assert covered.count(tensor) == layout.units * -(-layout.length // span)
-        for tensor, offset, _, slot in bucket.tiles.tolist():
-            assert slot == first_slots[tensor, offset]
+            assert covered.count(tensor) == layout.n_units * -(-layout.length // span)
+        for *_, unit, at in bucket.tiles.tolist():
+            assert at == first[unit]
 
 
 def assert_keeps_promises(plan: BucketPlan, tensors: Sequence[TensorUnits], itemsize: int) -> None:
     """Wide accesses only where they are aligned, contiguous accesses only where units are."""
     for bucket in plan.buckets:
         shape = bucket.shape
-        assert bucket.units == sum(tensors[i].layout.units for i in bucket.tensors)
+        assert bucket.units == sum(tensors[i].layout.n_units for i in bucket.tensors)
         assert bucket.elements == sum(math.prod(tensors[i].layout) for i in bucket.tensors)
         assert list(bucket.tensors) == sorted(set(bucket.tiles[:, 0].tolist()))
         for i in bucket.tensors:
@@ -112,8 +141,8 @@ def assert_keeps_promises(plan: BucketPlan, tensors: Sequence[TensorUnits], item
 EDGES = (1, 2, 4, 8, 127, 128, 129, 640, 641, 1280, 8192, 8193, 20480, 20481, 40_000)
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from(EDGES))
 LAYOUTS = st.one_of(
-    st.builds(UnitLayout, st.just(1), st.integers(1, 5), LENGTHS),
-    st.builds(UnitLayout, LENGTHS, st.integers(1, 3), st.integers(1, 9)),
+    st.builds(UnitLayout, st.just(1), st.just(1), st.integers(1, 5), LENGTHS),
+    st.builds(UnitLayout, st.integers(1, 3), LENGTHS, st.integers(1, 3), st.integers(1, 9)),
 )
 TENSORS = st.lists(st.builds(TensorUnits, LAYOUTS, st.booleans(), st.integers(0, 3)), min_size=1)
 
@@ -140,9 +169,10 @@ def test_every_element_is_in_one_tile(
         MAX_BUCKETS=max_buckets,
         MAX_PARTS=max_parts,
     ):
-        plan = plan_buckets(tensors, itemsize, states)
+        plan = plan_buckets(tensors, itemsize, states, FIRST_UNIT)
         assert sorted(i for b in plan.buckets for i in b.tensors) == list(range(len(tensors)))
         assert_covers(plan, tensors)
+        assert_numbers_units(plan, tensors)
         assert_sums_parts(plan, tensors)
         assert_keeps_promises(plan, tensors, itemsize)
         # Aligned, unaligned and strided units may need one each.
@@ -211,7 +241,22 @@ def test_the_smallest_shape_that_holds_a_unit(itemsize: int, states: int) -> Non
         assert shape.chunks <= table[itemsize]
         assert shape.capacity >= before
         before = shape.capacity
-    assert length == 512 * buckets.MAX_WARPS * table[itemsize] // itemsize + 1
+    most = 2 if (itemsize, states) == (2, 2) else table[itemsize]  # with all warps
+    assert length == 512 * buckets.MAX_WARPS * most // itemsize + 1
+
+
+# Two states in 16 bits: a third chunk where two of twice the warps would be emptier by a third.
+BF16 = {576: (1, 3), 768: (2, 2), 1152: (2, 3), 1536: (4, 2), 2304: (4, 3), 4608: (8, 3)}
+
+
+@pytest.mark.parametrize(("length", "expected"), BF16.items())
+def test_a_third_chunk_in_16_bits(length: int, expected: tuple[int, int]) -> None:
+    warps, chunks = expected
+    assert ideal_shape(rows(length), 2, 2) == TileShape(
+        1, 256 * warps, chunks, warps, 8, False, False
+    )
+    one_state = ideal_shape(rows(length), 2, 1)
+    assert (one_state.num_warps, one_state.chunks) == (warps if chunks == 3 else warps // 2, 3)
 
 
 def test_alignment_and_strides_decide_the_width_of_accesses() -> None:
@@ -228,7 +273,7 @@ MODELS = sorted(path.stem for path in TABLES.glob("*.csv"))
 
 
 def model_units(model: str) -> list[TensorUnits]:
-    layouts = [unit_layout(torch.Size(s), tuple(range(len(s))), None) for s in load_shapes(model)]
+    layouts = [contiguous_layout(s) for s in load_shapes(model)]
     return [TensorUnits(layout, True, i % 3) for i, layout in enumerate(layouts)]
 
 
@@ -273,13 +318,17 @@ def test_order_decides_nothing_but_the_table() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [UnitLayout(1, 300_000, 20_480), UnitLayout(1, 3, 3 << 31), UnitLayout(1 << 12, 3, 1 << 20)],
+    [
+        UnitLayout(1, 1, 300_000, 20_480),
+        UnitLayout(1, 1, 3, 3 << 31),
+        UnitLayout(1, 1 << 12, 3, 1 << 20),
+    ],
     ids=["registers", "split", "strided"],
 )
 def test_offsets_beyond_32_bits(layout: UnitLayout) -> None:
     plan = plan_buckets([TensorUnits(layout, True, 0)], 4, 2)
     (bucket,) = plan.buckets
-    outer, units, inner = layout
+    _, outer, units, inner = layout
     assert bucket.tiles.dtype == plan.fields.dtype == plan.parts.dtype == np.int64
     assert bucket.elements == math.prod(layout) > 1 << 31
     assert plan.fields[0, :3].tolist() == [outer * inner, inner, units * inner]
@@ -287,8 +336,8 @@ def test_offsets_beyond_32_bits(layout: UnitLayout) -> None:
     if bucket.shape.split:
         last = bucket.tiles[-1]
         assert last[2] + bucket.shape.capacity >= layout.length > last[2]
-        assert plan.slots == units * -(-layout.length // int(plan.fields[0, 4]))
-        assert plan.slots <= units * buckets.MAX_PARTS
+        assert plan.sums == units * -(-layout.length // int(plan.fields[0, 4]))
+        assert plan.sums <= units * buckets.MAX_PARTS
     else:
         assert len(bucket.tiles) == units
 
@@ -298,4 +347,5 @@ def test_rows_of_a_large_embedding() -> None:
     (bucket,) = plan.buckets
     per_tile = bucket.shape.rows
     assert len(bucket.tiles) == 40_000_000 // per_tile
-    assert bucket.tiles[-1].tolist() == [0, (40_000_000 - per_tile) * 64, per_tile, 0]
+    first = 40_000_000 - per_tile
+    assert bucket.tiles[-1].tolist() == [0, first * 64, per_tile, first, 0]

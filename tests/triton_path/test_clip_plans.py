@@ -62,7 +62,7 @@ def test_an_interrupted_clip_leaves_nothing_to_be_written_later(
     first = param.grad = make_grad((20, 3)).float().to(DEVICE).t()  # laid out unlike its parameter
     before = first.clone()
 
-    def interrupted(_launch: Launch) -> None:
+    def interrupted(_launch: Launch, *_varying: Any) -> None:
         raise KeyboardInterrupt
 
     adaptive_clip_grad_(param, 1e9, backend="triton")  # the plan is made
@@ -124,7 +124,7 @@ def test_clipping_alone_follows_shapes(view: Callable[[Tensor], Tensor]) -> None
 
 def test_the_backend_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     fired: list[Launch] = []
-    monkeypatch.setattr(Launch, "fire", lambda launch: fired.append(launch))
+    monkeypatch.setattr(Launch, "fire", lambda launch, *varying: fired.append(launch))
     param = make_weight((3, 20)).float().to(DEVICE)
     param.grad = make_grad((3, 20)).float().to(DEVICE)
     for backend, launches in (("torch", 0), ("triton", 2), ("torch", 0), ("triton", 2)):

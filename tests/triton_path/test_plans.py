@@ -189,11 +189,11 @@ def test_a_learning_rate_on_another_gpu_is_read_at_every_step() -> None:
 def test_any_set_of_gradients_takes_the_same_plan(name: str) -> None:
     training = Training(name, make_params(), **STATEFUL[name])
     training.train()
-    plan = training.optimizer._paths.plan
+    plan = training.optimizer._paths.triton.plan
     for without in ([0], [1, 2], [0, 2], [0, 1, 2], []):
         training.move_grads(without)
         training.step()
-        assert training.optimizer._paths.plan is plan
+        assert training.optimizer._paths.triton.plan is plan
 
 
 def test_states_that_were_loaded_need_no_gradient_to_be_planned() -> None:
@@ -204,7 +204,7 @@ def test_states_that_were_loaded_need_no_gradient_to_be_planned() -> None:
     for without in ([1, 2], [0], [2]):
         training.move_grads(without)
         training.step()
-        assert len(plan_of(training.optimizer).steps[0].params) == len(training.params)
+        assert len(plan_of(training.optimizer).parts[0].entries) == len(training.params)
 
 
 def test_the_first_step_is_in_inference_mode() -> None:
@@ -223,10 +223,10 @@ def test_backend_changes() -> None:
     training.train()
     training.optimizer.backend = "torch"
     training.train()
-    assert training.optimizer._paths.plan is None
+    assert training.optimizer._paths.triton.plan is None
     training.optimizer.backend = "triton"
     training.train()
-    assert training.optimizer._paths.plan is not None
+    assert training.optimizer._paths.triton.plan is not None
 
 
 @BACKENDS

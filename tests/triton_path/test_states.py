@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cases import NAMES, STATEFUL
+from tests.support.cases import NAMES, STATEFUL, build, step_with
 from tests.support.helpers import PAIRS, nothing_changes, same
 from tests.support.triton_cases import (
     DEVICE,
+    TRITON,
     Guarded,
     KernelOracle,
+    bucket_plans,
     make_grad,
     make_weight,
     states_of,
@@ -263,3 +265,17 @@ def test_steps_counted_in_another_dtype(name: str, dtype: torch.dtype) -> None:
     training.train(2)
     steps = [entry["step"] for entry in training.optimizer.state.values()]
     assert [(float(step), step.dtype) for step in steps] == [(3.0, torch.float32)] * len(steps)
+
+
+def test_units_are_numbered_through_all_launches() -> None:
+    kinds = (torch.float32, torch.bfloat16)
+    params = [make_weight((3, 20), seed=i).to(DEVICE, kinds[i % 2]) for i in range(4)]
+    optimizer = build("AdamW", params, TRITON)
+    step_with(optimizer, params, [torch.ones_like(p) for p in params])
+    numbers: list[int] = []
+    for plan in bucket_plans(optimizer):
+        for bucket in plan.buckets:
+            for _, _, units, first, _ in bucket.tiles.tolist():
+                numbers += range(first, first + units)
+    assert len(bucket_plans(optimizer)) == 2
+    assert sorted(numbers) == list(range(4 * 3))

@@ -10,23 +10,23 @@ from torch import Tensor
 
 from agc_triton.norms import Clip, clip_factors, norm_dtype
 from agc_triton.torch_path.scratch import Scratch
-from agc_triton.torch_path.slices import Cut, Part, Tensors, cut_out
+from agc_triton.torch_path.slices import Slice, Target, Tensors, target_of
 
 
-class Joined:
-    """A block (see `agc_triton.torch_path.blocks.Single`) of several tensors and their whole units.
+class PackedBlock:
+    """Several tensors and their whole units, a block as `agc_triton.torch_path.blocks.TensorBlock`.
 
     Units of one length are the rows of a matrix; all matrices lie in one piece of memory.
     """
 
-    def __init__(self, cuts: list[Cut], params: Tensors, states: Sequence[Tensors]) -> None:
-        cuts = sorted(cuts, key=_length)
-        self.whole = cut_out(cuts, params, states)
-        self.parts = [self.whole]
-        self._units = [cut.walk.layout.units for cut in cuts]
+    def __init__(self, slices: list[Slice], params: Tensors, states: Sequence[Tensors]) -> None:
+        slices = sorted(slices, key=_length)
+        self.whole = target_of(slices, params, states)
+        self.targets = [self.whole]
+        self._units = [slice_.view.layout.units for slice_ in slices]
         rows: defaultdict[int, int] = defaultdict(int)
-        for cut, units in zip(cuts, self._units, strict=True):
-            rows[_length(cut)] += units
+        for slice_, units in zip(slices, self._units, strict=True):
+            rows[_length(slice_)] += units
         self._rows = list(rows.values())
         like = self.whole.params
         sizes, dtype = [p.numel() for p in like], like[0].dtype
@@ -54,7 +54,7 @@ class Joined:
             self._memory.div_(grad_scale)
         return clip_factors(p_norms, self._norms(), clip)
 
-    def room(self, _part: Part, _scratch: Scratch) -> list[Tensor]:
+    def room(self, _target: Target, _scratch: Scratch) -> list[Tensor]:
         """Where the clipped gradients will be."""
         return self._room
 
@@ -85,6 +85,6 @@ class Joined:
         return torch.cat([torch.linalg.vector_norm(m, dim=1) for m in self._matrices])
 
 
-def _length(cut: Cut) -> int:
+def _length(slice_: Slice) -> int:
     """Elements per unit."""
-    return cut.walk.layout.outer * cut.walk.layout.inner
+    return slice_.view.layout.length
