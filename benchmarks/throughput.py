@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.lib import plots
-from benchmarks.lib.arguments import check_file, device, parser_of, positive
+from benchmarks.lib.arguments import add_device, check_file, parser_of, positive
 from benchmarks.lib.copying import copy_provider
 from benchmarks.lib.machine import device_name
 from benchmarks.lib.measure import Rounds, measure
@@ -63,9 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=models, help=f"default: {MODEL} on a CPU")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument(
-        "--device", type=device, choices=["cpu", "cuda"], help="default: cuda where there is one"
-    )
+    add_device(parser)
     parser.add_argument(
         "--threads", type=positive, default=THREADS, help="on a CPU; default: %(default)s"
     )
@@ -84,7 +82,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.earlier = pd.DataFrame(columns=COLUMNS)
     if args.resume and args.out.exists():
         args.earlier = earlier_rows(args.out, parser)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     everything = args.device == "cuda" and not args.quick
     # The others of a whole run on a GPU are measured as with --quick.
     args.whole = args.models or [MODEL]

@@ -81,6 +81,30 @@ def draw_bars(ax: Axes, rows: pd.DataFrame, title: str) -> None:
     )
 
 
+def training(table: pd.DataFrame, csv: Path) -> Path:
+    """Bars of images per second: median of the turns, from the slowest to the fastest."""
+    groups = list(table.groupby(["model", "pixels", "batch"], sort=False))
+    figure = Figure(figsize=(8, 0.8 + 1.5 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for ax, ((model, pixels, batch), rows) in zip(axes, groups, strict=True):
+        turns = rows.groupby(["implementation", "role"], sort=False)["images_per_s"]
+        bars = turns.agg(["median", "min", "max"]).reset_index()
+        spread = [bars["median"] - bars["min"], bars["max"] - bars["median"]]
+        colors = bars["role"].map(COLORS)
+        drawn = ax.barh(bars["implementation"], bars["median"], xerr=spread, color=colors)
+        ax.bar_label(drawn, fmt="{:,.4g}", padding=3, fontsize=8)
+        ax.margins(x=0.1)
+        ax.invert_yaxis()
+        ax.set_title(f"{model}, {pixels} pixels, batch {batch}", loc="left", fontsize=10)
+        ax.tick_params(labelsize=8)
+    axes[-1].set_xlabel("images per second: median of the turns, slowest to fastest")
+    first = table.iloc[0]
+    figure.suptitle(f"Training steps in {first['dtype']} on {first['device']}", fontsize=11)
+    path = csv.with_suffix(".png")
+    figure.savefig(path, dpi=120)
+    return path
+
+
 def _slug(text: str) -> str:
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
     return "-".join(word for word in words if word not in ("r", "tm", "processor", "cpu"))

@@ -57,9 +57,9 @@ class _CpuTimer:
         return Times(ms, ms, ms, math.nan)
 
 
-# Times the host's longest step so far; the longest step that the device waits for.
+# Head starts: times the host's longest step so far, within limits.
 MARGIN = 1.3
-LONGEST_MS = 500.0
+SHORTEST_MS, LONGEST_MS = 1.0, 500.0
 # More than GPUs have, lest the first head start be too short; later ones go by what it measured.
 CYCLES_PER_MS = 2_000_000.0
 
@@ -103,7 +103,8 @@ class _CudaTimer:
     def _issued_ahead(self, prepare: Step, step: Step) -> tuple[float, float]:
         """What the device is busy for, and how long it was kept waiting before."""
         waiting, start, end = (self._event(enable_timing=True) for _ in range(3))
-        cycles = round(min(MARGIN * self._host_ms, LONGEST_MS) * self._cycles_per_ms)
+        wanted = min(max(MARGIN * self._host_ms, SHORTEST_MS), LONGEST_MS)
+        cycles = round(wanted * self._cycles_per_ms)
         prepare()
         torch.cuda.synchronize(self._device)
         waiting.record()

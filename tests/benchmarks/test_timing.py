@@ -8,7 +8,15 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.lib.timing import CYCLES_PER_MS, LONGEST_MS, MARGIN, Timer, Turn, timer
+from benchmarks.lib.timing import (
+    CYCLES_PER_MS,
+    LONGEST_MS,
+    MARGIN,
+    SHORTEST_MS,
+    Timer,
+    Turn,
+    timer,
+)
 
 CUDA = torch.device("cuda")
 
@@ -121,11 +129,12 @@ def test_the_longest_step_of_the_host_counts(machine: Machine) -> None:
     assert found == pytest.approx([MARGIN * host for host in hosts])
 
 
-def test_no_head_start_is_endless(machine: Machine) -> None:
-    turn = machine.turn(1, 1000.0, 1.0)
+@pytest.mark.parametrize(("host_ms", "expected"), [(0.01, SHORTEST_MS), (1000.0, LONGEST_MS)])
+def test_head_starts_have_limits(host_ms: float, expected: float, machine: Machine) -> None:
+    turn = machine.turn(1, host_ms, 1.0)
     machine.cycles_per_ms = CYCLES_PER_MS
     times = warm(turn)(lambda: turn)
-    assert times.head_start_ms == pytest.approx(LONGEST_MS)
+    assert times.head_start_ms == pytest.approx(expected)
 
 
 def test_on_a_cpu_there_is_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
