@@ -29,14 +29,14 @@ Placed = tuple[Tensor, int]
 class Part(NamedTuple):
     """A launch group and what it is run on.
 
-    ``pick`` finds its parameters among all, ``entries`` are theirs in optimizer.state, and ``keys``
-    name what of these lies in the tables.
+    ``pick`` finds its parameters among all, ``entries`` are theirs in optimizer.state, and
+    ``states`` the keys there of its state tensors.
     """
 
     launches: LaunchGroup
     pick: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     entries: list[dict[str, Any]]
-    keys: tuple[str, ...]
+    states: tuple[str, ...]
 
 
 class TritonPlan:
@@ -109,14 +109,17 @@ class TritonPlan:
             id(p) for index, mask in self._rest for p in compress(groups[index]["params"], mask)
         ]
         fixed: list[Tensor] = []
+        scalars: list[Tensor] = []
         try:
             for part in self.parts:
                 fixed += part.pick(params)
-                for name in part.keys:
+                for name in part.states:
                     fixed += map(itemgetter(name), part.entries)
+                for name in self._rule.scalars:
+                    scalars += map(itemgetter(name), part.entries)
         except KeyError:  # a state is gone
             return None
-        return Look((id(work.state), work.nonfinite, work.backend, rest), fixed, [])
+        return Look((id(work.state), work.nonfinite, work.backend, rest), fixed, [], scalars)
 
     def write_tables(self, work: Work) -> bool:
         """Read gradients and options again; False if another plan is needed."""
@@ -200,8 +203,8 @@ def _part(
 ) -> Part:
     own, index = [p for p, _ in members], members[0][1]
     entries = [work.state.get(p, {}) for p in own]
-    keys = (*work.rule.kernel.scalars, *work.rule.kernel.states(work.groups[index]))
-    return Part(launches, _picker(params, own), entries, keys)
+    states = work.rule.kernel.states(work.groups[index])
+    return Part(launches, _picker(params, own), entries, states)
 
 
 def _create_states(work: Work, index: int, params: list[Tensor]) -> None:
