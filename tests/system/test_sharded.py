@@ -1,0 +1,99 @@
+"""DTensors step as what they stand for: local tensors, one all-reduce for units that are split."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.cases import NAMES, STATEFUL, build, make_grad, randn
+from tests.support.ranks import RANKS, on_ranks
+
+STEPS = 6
+MODES: list[dict[str, Any]] = [{}, {"foreach": True}, {"clipping": 0}, {"unit_dim": 1}]
+
+# Shapes and the dimension each is sharded along; None where every rank has all of it.
+SHARDED: list[tuple[tuple[int, ...], int | None]] = [
+    ((4, 6), 0),
+    ((4, 6), 1),  # row-wise: every rank holds a part of every unit
+    ((3, 6), 0),  # uneven
+    ((1, 6), 0),  # nothing on the last rank
+    ((6, 4, 3, 3), 0),
+    ((5,), 0),
+    ((4, 1, 1, 1), 0),
+    ((3, 5), None),
+    ((7,), None),
+]
+CASES = list(itertools.product(NAMES, range(len(MODES))))
+
+
+def weights() -> list[Tensor]:
+    return [randn(shape, seed=i) for i, (shape, _) in enumerate(SHARDED)]
+
+
+def grads(step: int) -> list[Tensor]:
+    return [make_grad(w, 100 * step + i) for i, w in enumerate(weights())]
+
+
+def options(name: str, mode: int) -> dict[str, Any]:
+    return {**STATEFUL[name], "clipping": 0.05, **MODES[mode]}
+
+
+def sharded(rank: int) -> dict[str, Any]:
+    """All cases, one after the other, on this rank."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+
+    def distributed(tensors: list[Tensor]) -> list[Tensor]:
+        return [
+            distribute_tensor(t, mesh, [Replicate() if dim is None else Shard(dim)])
+            for t, (_, dim) in zip(tensors, SHARDED, strict=True)
+        ]
+
+    results: dict[str, dict[str, Any]] = {}
+    for case in CASES:
+        params: list[Any] = distributed(weights())
+        optimizer = build(case[0], params, options(*case))
+        with mock.patch.object(dist, "all_reduce", side_effect=dist.all_reduce) as collective:
+            for step in range(STEPS):
+                given = distributed(grads(step))
+                for i, (p, g) in enumerate(zip(params, given, strict=True)):
+                    p.grad = None if step == 1 and i == 5 else g
+                optimizer.step()
+            calls = collective.call_count
+        states = [
+            [x.full_tensor() for k, x in optimizer.state[p].items() if k != "step"] for p in params
+        ]
+        results[str(case)] = {"values": [p.full_tensor() for p in params], "states": states}
+        results[str(case)]["calls"] = calls
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each rank ends with."""
+    return on_ranks(sharded, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES, ids=str)
+def test_equal_to_one_process(ranks: list[Any], name: str, mode: int) -> None:
+    params = weights()
+    optimizer = build(name, params, options(name, mode))
+    for step in range(STEPS):
+        for i, (p, g) in enumerate(zip(params, grads(step), strict=True)):
+            p.grad = None if step == 1 and i == 5 else g
+        optimizer.step()
+    states = [[x for k, x in optimizer.state[p].items() if k != "step"] for p in params]
+    for each in ranks:
+        found = each[str((name, mode))]
+        torch.testing.assert_close(found["values"], params, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(found["states"], states, rtol=2e-6, atol=2e-6)
+        # One collective a step for all split units; none where nothing is clipped.
+        assert found["calls"] == (STEPS if MODES[mode].get("clipping", 1) else 0)
