@@ -14,7 +14,7 @@ from agc_triton.nonfinite import SkippedUnits, check_finite
 from agc_triton.norms import Clip
 from agc_triton.routing import eligible, wants_triton
 from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Work
-from agc_triton.sharded import Kind, is_sharded, kind_of, local_lists
+from agc_triton.sharded import Kind, is_sharded
 from agc_triton.snapshot import Cached
 from agc_triton.torch_path import step as torch_path
 from agc_triton.torch_path.plan import BlockPlan
@@ -98,25 +98,22 @@ class Paths:
     ) -> Batches:
         """The batches, with the local tensors of DTensors whose units are whole on this rank.
 
-        What is split between ranks goes to ``split``. Skipped units are counted over all ranks, and
-        autograd sees DTensors: these stay.
+        What is split between ranks goes to ``split``.
         """
         group = work.groups[index]
-        if clip is None or clip.skipped or group.get("differentiable"):
-            return batches
-        if not any(map(is_sharded, group["params"])):
+        if clip is None or not any(map(is_sharded, group["params"])):
             return batches
         _check(work, index)
-        split.add(group["params"], clip)
+        kinds = {id(param): work.kind_of(param, group) for param in group["params"]}
+        split.add([p for p in group["params"] if kinds[id(p)] is Kind.SPLIT], clip)
         here: Batches = []
         for lists, options in batches:
-            kinds = [kind_of(param, clip.unit_dim) for param in lists.params]
             of_kind = {
-                kind: lists.select([i for i, found in enumerate(kinds) if found is kind])
+                kind: lists.select([i for i, p in enumerate(lists.params) if kinds[id(p)] is kind])
                 for kind in Kind
             }
             split.update_later(of_kind[Kind.SPLIT], options, clip)
-            here += [(local_lists(of_kind[Kind.WHOLE]), options), (of_kind[Kind.OTHER], options)]
+            here += [(of_kind[Kind.WHOLE].local(), options), (of_kind[Kind.OTHER], options)]
         return here
 
     def _blocks_of(self, at: tuple[int, int], work: Work, *given: Any) -> BlockPlan:
@@ -168,7 +165,7 @@ class TritonPath:
             if not any(wants_triton(work.backend, group) for group in work.groups):
                 return None
             check()
-            taken = [eligible(work.backend, group, i) for i, group in enumerate(work.groups)]
+            taken = [eligible(work, index) for index in range(len(work.groups))]
             if not any(taken):
                 return None
             if capturing:  # plans need memory and copies that a capture allows none of

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agc_triton.rule import TensorLists
 from agc_triton.units import PLAIN, UnitDim, unit_axes
 
 
@@ -74,12 +73,3 @@ def kind_of(param: Tensor, unit_dim: UnitDim) -> Kind:
         return Kind.WHOLE
     dims = split_dims(param, unit_dim)
     return Kind.OTHER if dims is None else Kind.SPLIT if dims else Kind.WHOLE
-
-
-def local_lists(lists: TensorLists) -> TensorLists:
-    """The same lists of what lies on this rank; empty parts are left out."""
-    params, grads, *states = (
-        list(map(local, role)) for role in (lists.params, lists.grads, *lists.states)
-    )
-    here = TensorLists(params, grads, tuple(states), lists.steps)
-    return here.select([i for i, param in enumerate(params) if param.numel()])

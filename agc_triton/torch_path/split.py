@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agc_triton.norms import Clip, clip_factors, norm_dtype, norms_over
 from agc_triton.rule import Rule, TensorLists
-from agc_triton.sharded import is_sharded, local, local_lists, process_groups, split_dims
+from agc_triton.sharded import local, process_groups, split_dims
 from agc_triton.units import unfolded
 
 
@@ -63,16 +63,16 @@ class SplitStep:
         Every rank has to sum as many units, in the order of the groups.
         """
         for param in params:
-            mesh_dims = split_dims(param, clip.unit_dim) if is_sharded(param) else ()
-            if mesh_dims:
-                self._params.append(SplitParam(param, mesh_dims, clip))
+            mesh_dims = split_dims(param, clip.unit_dim)
+            assert mesh_dims is not None
+            self._params.append(SplitParam(param, mesh_dims, clip))
 
     def update_later(self, lists: TensorLists, group: Mapping[str, Any], clip: Clip) -> None:
         """Update these, DTensors all, once their sums are there."""
         here = [i for i, param in enumerate(lists.params) if local(param).numel()]
         if here:
             lists = lists.select(here)
-            self._split.append(SplitLists(lists.params, local_lists(lists), group, clip))
+            self._split.append(SplitLists(lists.params, lists.local(), group, clip))
 
     def begin(self) -> None:
         """Sum the squares of parameters and gradients of each unit here, and start adding up."""
