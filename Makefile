@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: bench coverage demo mutations picture soak test
+.PHONY: bench coverage demo mutations picture soak test test-gpu
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
@@ -26,6 +26,11 @@ test: $(INSTALLED)
 	$(PYTHON) -m mypy
 	$(VENV)/bin/lint-imports
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
+
+# The suite with a Python that has torch, triton, pytest, hypothesis and expecttest, on its GPU if there
+# is one: make test-gpu PYTHON=python3. Nothing is installed; what needs more is left out.
+test-gpu:
+	$(PYTHON) -m pytest -p no:benchmark -p no:cacheprovider
 
 # What takes minutes: thousands of steps, many random sequences of operations.
 soak: $(INSTALLED)

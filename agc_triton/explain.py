@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from agc_triton.dispatch import preview
 from agc_triton.routing import reasons
 from agc_triton.rule import Work
-from agc_triton.units import has_units, unit_dims
+from agc_triton.units import count_units, has_units
 
 if TYPE_CHECKING:
     from agc_triton.dispatch import Bucket
@@ -71,7 +70,7 @@ def _units(param: Tensor, group: Mapping[str, Any]) -> int:
     """How many units a parameter has; 1 where its ``unit_dim`` means nothing."""
     if not has_units(param.shape, group["unit_dim"]):
         return 1
-    return math.prod(param.shape[dim] for dim in unit_dims(param.shape, group["unit_dim"]))
+    return count_units(param.shape, group["unit_dim"])
 
 
 def _describe(bucket: Bucket, dtype: torch.dtype, states: int) -> dict[str, Any]:

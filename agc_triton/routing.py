@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton.units import PLAIN, has_units, memory_order
+from agc_triton.units import PLAIN, has_units, memory_order, unit_layout
 from agc_triton.validation import tensor_name
 
 BACKENDS = ("auto", "triton", "torch")
@@ -115,12 +115,16 @@ def _why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | N
         return f"a {type(param).__name__} is not a plain tensor"
     if param.dtype.to_real() not in DTYPES:
         return f"its dtype is {param.dtype}"
-    if memory_order(param) is None:
+    order = memory_order(param)
+    if order is None:
         return "it is not dense in memory"
     if param.is_conj() or param.is_neg():
         return "it is a view that conjugates or negates"
-    if not group["clipping"] and not has_units(param.shape, group["unit_dim"]):
-        return f"unit_dim={group['unit_dim']} is out of range"
+    if not has_units(param.shape, group["unit_dim"]):
+        # With clipping it is refused.
+        return None if group["clipping"] else f"unit_dim={group['unit_dim']} is out of range"
+    if unit_layout(param.shape, order, group["unit_dim"]) is None:
+        return f"its units (unit_dim={group['unit_dim']}) are scattered in memory"
     if param.grad is not None and param.grad.layout is not torch.strided:
         return "its gradient is sparse"
     return None

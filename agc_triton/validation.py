@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from agc_triton.rule import KernelRule
-from agc_triton.units import unit_dims
+from agc_triton.units import UnitDim, split_dims, unit_axes
 
 # What norms in fp32 can be compared with.
 LARGEST = torch.finfo(torch.float32).max
@@ -45,8 +45,11 @@ def check_options(options: Mapping[str, Any], index: int | None = None) -> None:
             f"Invalid agc_eps value: {agc_eps}{where}; it must be finite, >= 0 and at most"
             f" {LARGEST:.2g}"
         )
-    if unit_dim is not None and (isinstance(unit_dim, bool) or not isinstance(unit_dim, int)):
-        raise TypeError(f"unit_dim must be an int or None, not {type(unit_dim).__name__}{where}")
+    if unit_dim is not None and unit_dim != "tensor":
+        try:
+            split_dims(unit_dim)
+        except TypeError as error:
+            raise TypeError(f"{error}{where}") from None
 
 
 def check_group(group: Mapping[str, Any], index: int, *, units: bool) -> None:
@@ -64,7 +67,7 @@ def check_group(group: Mapping[str, Any], index: int, *, units: bool) -> None:
 
 
 def check_param(
-    param: Tensor, unit_dim: int | None, group: Mapping[str, Any], index: int, i: int
+    param: Tensor, unit_dim: UnitDim, group: Mapping[str, Any], index: int, i: int
 ) -> None:
     """Check that a parameter, the i-th of group ``index``, has units.
 
@@ -79,7 +82,7 @@ def check_param(
             " (FSDP2) or clipping=0"
         )
     try:
-        unit_dims(param.shape, unit_dim)
+        unit_axes(param.shape, unit_dim)
     except ValueError as error:
         raise ValueError(f"{error}: {tensor_name(group, index, i)}") from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -41,11 +42,15 @@ def tables(csv: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def markdown(rows: pd.DataFrame) -> str:
-    """Median ms per step, and how many unclipped steps that is, by implementation and optimizer."""
+    """Median ms per step, and how many unclipped steps that is, by implementation and optimizer.
+
+    Where the host took longer than its head start, a GPU was busy for at most that.
+    """
     first = rows.iloc[0]
+    threads = f", {first['threads']} threads" if pd.isna(first["head_start_ms"]) else ""
     lines = [
         f"{MODEL}, {DTYPE}, {first['parameters'] / 1e6:.1f} million parameters on"
-        f" {first['device']}, {first['threads']} threads, torch {first['torch']}:",
+        f" {first['device']}{threads}, torch {first['torch']}:",
         "",
         f"| ms per step (times unclipped) | {' | '.join(TITLES.values())} |",
         "|---" * (1 + len(TITLES)) + "|",
@@ -60,8 +65,10 @@ def markdown(rows: pd.DataFrame) -> str:
 def _cell(rows: pd.DataFrame, optimizer: str) -> str:
     if optimizer not in rows.index:
         return ""
-    row = rows.loc[optimizer]
-    return f"{row['median_ms']:.3g} ({row['ratio_to_unclipped']:.2f})"
+    row: Any = rows.loc[optimizer]
+    bound, ratio = row["host_ms"] > row["head_start_ms"], row["ratio_to_unclipped"]
+    in_unclipped = "" if pd.isna(ratio) else f" ({ratio:.2f})"
+    return f"{'≤ ' if bound else ''}{row['device_ms']:.3g}{in_unclipped}"
 
 
 if __name__ == "__main__":

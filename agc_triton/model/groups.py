@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from agc_triton.model.head import Inputs, find_head
-from agc_triton.units import unit_dims
+from agc_triton.units import UnitDim, unit_axes
 
 Exclusion = str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool]
 
@@ -52,9 +52,10 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model, ready for any optimizer of this package or `AGC` around another.
 
-    ``unit_dim`` follows the layer type (1 for ConvTransposeNd, which stores (in, out/groups, ...);
-    0 where it is depthwise and for all other layers). Biases, gains, scalars and normalization
-    layers are not decayed. Shared parameters appear once, frozen ones not at all.
+    ``unit_dim`` follows the layer type: 1 for ConvTransposeNd, which stores (in, out, ...),
+    ((0, groups), 1) where it has groups, 0 where it is depthwise and for all other layers. Biases,
+    gains, scalars and normalization layers are not decayed. Shared parameters appear once, frozen
+    ones not at all.
 
     Args:
         model: any module; its parameters must be initialized.
@@ -121,16 +122,18 @@ def _entries(model: nn.Module) -> list[_Entry]:
     return list(entries.values())
 
 
-def _unit_dim(entry: _Entry) -> int | None:
+def _unit_dim(entry: _Entry) -> UnitDim:
     """By layer type; None for the default."""
     layer, shape = entry.layer, entry.param.shape
-    if not unit_dims(shape, None) or not isinstance(layer, _ConvTransposeNd):
+    if not unit_axes(shape, None) or not isinstance(layer, _ConvTransposeNd):
         return None
-    return None if layer.groups == layer.in_channels == layer.out_channels else 1
+    if layer.groups == layer.in_channels == layer.out_channels:
+        return None
+    return 1 if layer.groups == 1 else ((0, layer.groups), 1)
 
 
 def _decays(entry: _Entry) -> bool:
-    is_gain = not unit_dims(entry.param.shape, None)
+    is_gain = not unit_axes(entry.param.shape, None)
     return not ("bias" in entry.tensor or is_gain or isinstance(entry.layer, _NORMS))
 
 

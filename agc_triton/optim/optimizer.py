@@ -15,6 +15,7 @@ from agc_triton.nonfinite import check_nonfinite
 from agc_triton.optim.documentation import AGC_DOC
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
 from agc_triton.rule import Batches, Rule, Work
+from agc_triton.units import UnitDim
 from agc_triton.validation import AGC_OPTIONS, check_group, check_loaded
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class AGCOptimizer(Optimizer):
         *args: Any,
         clipping: float | None = CLIPPING,
         agc_eps: float = AGC_EPS,
-        unit_dim: int | None = None,
+        unit_dim: UnitDim = None,
         backend: str = "auto",
         nonfinite: str = "propagate",
         **kwargs: Any,

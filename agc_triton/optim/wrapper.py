@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from agc_triton.clipping import clip_groups_
 from agc_triton.dispatch import Clipper
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer
+from agc_triton.units import UnitDim
 from agc_triton.validation import AGC_OPTIONS, check_group
 
 
@@ -39,7 +40,7 @@ class AGC(Optimizer):
         optimizer: Optimizer,
         clipping: float | None = CLIPPING,
         agc_eps: float = AGC_EPS,
-        unit_dim: int | None = None,
+        unit_dim: UnitDim = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"AGC wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")

@@ -22,7 +22,7 @@ from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
 from agc_triton.triton_path.gradients import Gradients
 from agc_triton.triton_path.launches import Kernel, StepLauncher
 from agc_triton.triton_path.tables import Tables
-from agc_triton.units import UnitLayout, memory_order, unit_layout
+from agc_triton.units import UnitDim, UnitLayout, memory_order, unit_layout
 from agc_triton.validation import check_options
 
 # A change of one of these asks for another plan, not for another value in the tables.
@@ -243,9 +243,10 @@ class LaunchGroup:
         return value.data_ptr()
 
 
-def kernel_layout(param: Tensor, unit_dim: int | None) -> UnitLayout:
+def kernel_layout(param: Tensor, unit_dim: UnitDim) -> UnitLayout:
     """A dense parameter's layout in real elements: a complex one is two."""
     order = memory_order(param)
     assert order is not None
     layout = unit_layout(param.shape, order, unit_dim)
+    assert layout is not None
     return layout._replace(inner=2 * layout.inner) if param.is_complex() else layout

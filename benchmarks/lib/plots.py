@@ -52,21 +52,21 @@ def step_times(table: pd.DataFrame, csv: Path) -> list[Path]:
 def draw_bars(ax: Axes, rows: pd.DataFrame, title: str) -> None:
     """A bar per implementation that clips, and lines for the fastest that does not and the copy."""
     bars = rows[rows["role"].isin(BARS)]
-    spread = [bars["median_ms"] - bars["p20_ms"], bars["p80_ms"] - bars["median_ms"]]
+    spread = [bars["device_ms"] - bars["p20_ms"], bars["p80_ms"] - bars["device_ms"]]
     drawn = ax.barh(
         bars["implementation"],
-        bars["median_ms"],
+        bars["device_ms"],
         xerr=spread,
         color=bars["role"].map(COLORS),
         error_kw={"elinewidth": 1, "capsize": 2},
     )
     high = bars["p80_ms"].max()
-    for bar, ms, end in zip(drawn, bars["median_ms"], bars["p80_ms"], strict=True):
+    for bar, ms, end in zip(drawn, bars["device_ms"], bars["p80_ms"], strict=True):
         y = bar.get_y() + bar.get_height() / 2
         ax.text(end + 0.01 * high, y, f"{ms:.3g}", va="center", fontsize=8, bbox=BEHIND)
     for role, style in LINES.items():
-        fastest = rows[rows["role"] == role].nsmallest(1, "median_ms")
-        for name, ms in fastest[["implementation", "median_ms"]].values:
+        fastest = rows[rows["role"] == role].nsmallest(1, "device_ms")
+        for name, ms in fastest[["implementation", "device_ms"]].values:
             ax.axvline(ms, color=COLORS[role], linestyle=style, label=f"{name}: {ms:.3g}")
     ax.invert_yaxis()
     ax.set_title(title, loc="left", fontsize=10)
@@ -79,6 +79,30 @@ def draw_bars(ax: Axes, rows: pd.DataFrame, title: str) -> None:
         bbox_to_anchor=(1, 1),
         borderaxespad=0.2,
     )
+
+
+def training(table: pd.DataFrame, csv: Path) -> Path:
+    """Bars of images per second: median of the turns, from the slowest to the fastest."""
+    groups = list(table.groupby(["model", "pixels", "batch"], sort=False))
+    figure = Figure(figsize=(8, 0.8 + 1.5 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for ax, ((model, pixels, batch), rows) in zip(axes, groups, strict=True):
+        turns = rows.groupby(["implementation", "role"], sort=False)["images_per_s"]
+        bars = turns.agg(["median", "min", "max"]).reset_index()
+        spread = [bars["median"] - bars["min"], bars["max"] - bars["median"]]
+        colors = bars["role"].map(COLORS)
+        drawn = ax.barh(bars["implementation"], bars["median"], xerr=spread, color=colors)
+        ax.bar_label(drawn, fmt="{:,.4g}", padding=3, fontsize=8)
+        ax.margins(x=0.1)
+        ax.invert_yaxis()
+        ax.set_title(f"{model}, {pixels} pixels, batch {batch}", loc="left", fontsize=10)
+        ax.tick_params(labelsize=8)
+    axes[-1].set_xlabel("images per second: median of the turns, slowest to fastest")
+    first = table.iloc[0]
+    figure.suptitle(f"Training steps in {first['dtype']} on {first['device']}", fontsize=11)
+    path = csv.with_suffix(".png")
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def _slug(text: str) -> str:
@@ -96,9 +120,9 @@ def scaling(table: pd.DataFrame, csv: Path) -> Path:
         rows = table[table["axis"] == axis]
         for (name, role), line in rows.groupby(["implementation", "role"], sort=False):
             x = line["parameters" if axis == "elements" else axis]
-            _errorbar(ax, x, line, "ms", label=name, color=COLORS[str(role)])
+            _errorbar(ax, x, line, "device_ms", label=name, color=COLORS[str(role)])
             if role == "ours":
-                linear = line["median_ms"] / line["ratio_to_largest"]
+                linear = line["device_ms"] / line["ratio_to_largest"]
                 ax.plot(x, linear, color="tab:gray", linestyle="--", label="linear in elements")
         ax.set(xscale="log", yscale="log", xlabel=labels.get(axis, axis), title=_fixed(rows, axis))
         ax.title.set_fontsize(9)
@@ -115,9 +139,10 @@ def scaling(table: pd.DataFrame, csv: Path) -> Path:
     return path
 
 
-def _errorbar(ax: Axes, x: pd.Series[int], line: pd.DataFrame, unit: str, **style: Any) -> None:
+def _errorbar(ax: Axes, x: pd.Series[int], line: pd.DataFrame, column: str, **style: Any) -> None:
     """Medians, and bars from the 20th to the 80th percentile."""
-    median, low, high = (line[f"{name}_{unit}"] for name in ("median", "p20", "p80"))
+    unit = column.rpartition("_")[2]
+    median, low, high = (line[name] for name in (column, f"p20_{unit}", f"p80_{unit}"))
     ax.errorbar(
         x, median, [median - low, high - median], marker="o", markersize=4, capsize=2, **style
     )
@@ -130,7 +155,7 @@ def bandwidth(table: pd.DataFrame, csv: Path) -> Path:
     ax = figure.subplots()
     x, reached = rows["unit_length"], rows["gb_per_s"]
     # A step's p20 of time is its p80 of bandwidth.
-    high, low = (reached * rows["median_ms"] / rows[column] for column in ("p20_ms", "p80_ms"))
+    high, low = (reached * rows["device_ms"] / rows[column] for column in ("p20_ms", "p80_ms"))
     ours = str(rows["implementation"].iloc[0])
     copied = reached / rows["share_of_copy_bandwidth"]
     ax.plot(
@@ -178,7 +203,7 @@ def host_cost(table: pd.DataFrame, csv: Path) -> Path:
             rows = table[shown & (table["caches"] == caches)]
             for (name, kind), line in rows.groupby(["implementation", "kind"], sort=False):
                 style = {"color": colors[name], "linestyle": styles[str(kind)]}
-                _errorbar(ax, line[x], line, "us", label=f"{name}, {kind}", **style)
+                _errorbar(ax, line[x], line, "median_us", label=f"{name}, {kind}", **style)
             ax.set(xscale="log", yscale="log", title=f"{title}, {caches} caches")
             ax.title.set_fontsize(10)
             ax.grid(alpha=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ def test_readme_has_the_committed_figures() -> None:
 
 
 def readme_rows(**common: Any) -> pd.DataFrame:
-    machine = {"device": "Some CPU", "threads": 2, "torch": "9.9"}
+    machine: dict[str, Any] = {"device": "Some CPU", "threads": 2, "torch": "9.9"}
+    machine |= {"host_ms": 200.0, "head_start_ms": math.nan}
     model = {"model": readme_table.MODEL, "dtype": readme_table.DTYPE, "parameters": 71_489_284}
     rows = [
-        {"implementation": "x", "optimizer": "sgd", "median_ms": 123.4, "ratio_to_unclipped": 2.0},
-        {"implementation": "x", "optimizer": "adamw", "median_ms": 9.87, "ratio_to_unclipped": 1.0},
-        {"implementation": "y", "optimizer": "sgd", "median_ms": 1, "ratio_to_unclipped": 0.5},
+        {"implementation": "x", "optimizer": "sgd", "device_ms": 123.4, "ratio_to_unclipped": 2.0},
+        {"implementation": "x", "optimizer": "adamw", "device_ms": 9.87, "ratio_to_unclipped": 1.0},
+        {"implementation": "y", "optimizer": "sgd", "device_ms": 1, "ratio_to_unclipped": 0.5},
     ]
     return pd.DataFrame([{**machine, **model, **row, **common} for row in rows])
 
@@ -45,7 +47,7 @@ def test_readme_table_by_implementation_and_optimizer() -> None:
 
 
 def test_readme_tables_are_of_one_model_and_dtype() -> None:
-    others = [readme_rows(dtype="bfloat16", median_ms=0), readme_rows(model="vit", median_ms=0)]
+    others = [readme_rows(dtype="bfloat16", device_ms=0), readme_rows(model="vit", device_ms=0)]
     mixed = pd.concat([others[0], readme_rows(), others[1]])
     assert [*map(readme_table.markdown, readme_table.tables(mixed))] == [
         readme_table.markdown(readme_rows())
@@ -78,3 +80,11 @@ def test_readme_tables_come_from_throughput_alone(
     table = "\n".join([HEADING, *TABLE])
     expected = f"before\n{readme_table.BEGIN}\n\n{table}\n\n{readme_table.END}\nafter"
     assert readme_table.with_tables(text) == expected
+
+
+def test_where_a_gpu_had_to_wait_for_the_host_times_are_bounds() -> None:
+    rows = readme_rows(device="Some GPU", head_start_ms=1.0).assign(host_ms=[1.1, 0.9, 0.9])
+    rows["ratio_to_unclipped"] = rows["ratio_to_unclipped"].where(rows["host_ms"] < 1)
+    heading, *_, first, second = readme_table.markdown(rows).splitlines()
+    assert heading == HEADING.replace("CPU, 2 threads", "GPU")
+    assert [first, second] == ["| x | ≤ 123 |  | 9.87 (1.00) |  |", "| y | 1 (0.50) |  |  |  |"]

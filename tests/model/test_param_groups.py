@@ -101,8 +101,8 @@ def test_unit_dim_of_grouped_transposed_convolutions_tables_and_attention() -> N
         }
     )
     found = {name: o["unit_dim"] or 0 for name, o in options(model, exclude_head=False).items()}
-    # Its channels are spread over (in, out / groups): an index of dim 1 is the nearest to one.
-    assert found.pop("grouped.weight") == 1
+    # Its channels are spread over (in, out / groups).
+    assert found.pop("grouped.weight") == ((0, 2), 1)
     assert set(found.values()) == {0}
     assert {"attention.q_proj_weight", "attention.out_proj.weight", "table.weight"} < set(found)
 

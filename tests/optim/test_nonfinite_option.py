@@ -93,7 +93,7 @@ def test_raise_with_gradients_of_other_kinds(kind: str) -> None:
 def test_raise_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, params = raising("SGD", "torch")
     set_grads(params, 0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"CUDA graph.*skip_unit"):
         optimizer.step()
