@@ -19,12 +19,6 @@ from tests.support.tolerances import TOLERANCES, Tolerance
 
 # Without a GPU the kernels run in Triton's interpreter, on CPU tensors (conftest.py).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    from tests.support.interpreter import drop_nan, reduce_in_halves
-
-    reduce_in_halves()
-    drop_nan()
-
 CLIPPING = 0.05
 TRITON: Kwargs = {"clipping": CLIPPING, "backend": "triton"}
 

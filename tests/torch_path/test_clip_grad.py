@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import Embedding, Parameter
 
 from agc_triton import adaptive_clip_grad_, unitwise_norm
-from tests.support.helpers import clipped, make_params, random_grad, same, set_grads
+from tests.support.checks import clipped
+from tests.support.tensors import grad_like, parameters, same, set_grads
 
 pytestmark = pytest.mark.usefixtures("either_block")
 
@@ -39,9 +40,9 @@ def bits(tensor: Tensor) -> list[Any]:
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_follows_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    (param,) = make_params([shape], dtype)
+    (param,) = parameters([shape], dtype)
     for seed in range(4):
-        grad = random_grad(param, seed)
+        grad = grad_like(param, seed)
         param.grad = grad.clone()
         adaptive_clip_grad_(param, 0.03, 1e-3)
         expected = clipped(param.detach().double(), grad.double(), 0.03)
@@ -55,7 +56,7 @@ def test_follows_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None
 def test_complex_units_have_the_norm_of_their_moduli(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    (param,) = make_params([shape], dtype)
+    (param,) = parameters([shape], dtype)
     grad = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     param.grad = grad.clone()
     adaptive_clip_grad_(param, 0.03)
@@ -80,7 +81,7 @@ def test_complex_units_of_fp16_whose_norms_leave_fp16(shape: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("unit_dim", [0, 1, 2, -1, -3])
 def test_units_run_along_unit_dim(unit_dim: int) -> None:
-    (param,) = make_params([(4, 3, 5)], torch.float64)
+    (param,) = parameters([(4, 3, 5)], torch.float64)
     grad = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     param.grad = grad.clone()
     adaptive_clip_grad_(param, 0.1, unit_dim=unit_dim)
@@ -88,7 +89,7 @@ def test_units_run_along_unit_dim(unit_dim: int) -> None:
 
 
 def test_unit_dim_does_not_matter_where_the_tensor_is_one_unit() -> None:
-    params = make_params([(), (5,), (5, 1, 1)])
+    params = parameters([(), (5,), (5, 1, 1)])
     set_grads(params, 0)
     expected = [clipped(p.detach(), p.grad, 0.01) for p in params if p.grad is not None]
     adaptive_clip_grad_(params, 0.01, unit_dim=7)
@@ -97,7 +98,7 @@ def test_unit_dim_does_not_matter_where_the_tensor_is_one_unit() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_over_the_limit_the_norm_equals_it(dtype: torch.dtype) -> None:
-    (param,) = make_params([(6, 50)], dtype)
+    (param,) = parameters([(6, 50)], dtype)
     param.grad = 100 * torch.ones_like(param)
     adaptive_clip_grad_(param, 0.01)
     limit = 0.01 * unitwise_norm(param.detach())
@@ -187,7 +188,7 @@ def test_no_clipping_touches_nothing(clipping: float | None) -> None:
     ids=["list", "tuple", "iterator", "generator", "dict keys"],
 )
 def test_takes_any_iterable(collect: Callable[[list[Parameter]], Iterable[Tensor]]) -> None:
-    params = make_params()
+    params = parameters()
     set_grads(params, 0)
     expected = [clipped(p.detach(), p.grad, 0.01) for p in params if p.grad is not None]
     adaptive_clip_grad_(collect(params), 0.01)
@@ -207,14 +208,14 @@ def test_takes_a_tensor_a_module_and_nothing() -> None:
 
 
 def test_skips_what_has_no_gradient() -> None:
-    params = make_params()
+    params = parameters()
     set_grads(params[2:], 0)
     adaptive_clip_grad_(params)
     assert [p.grad is None for p in params] == [True, True, False, False, False]
 
 
 def test_clips_in_place() -> None:
-    params = make_params()
+    params = parameters()
     set_grads(params, 0)
     grads = [p.grad for p in params]
     weights = [p.detach().clone() for p in params]
@@ -245,9 +246,9 @@ STRIDES = [
 def test_clips_gradients_of_any_strides_that_share_no_memory(
     shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
-    (param,) = make_params([shape])
+    (param,) = parameters([shape])
     memory = torch.full((20,), 7.0)
-    grad = memory.as_strided(shape, stride).copy_(random_grad(param, 0) * 10)
+    grad = memory.as_strided(shape, stride).copy_(grad_like(param, 0) * 10)
     inside = torch.zeros(20, dtype=torch.bool)
     inside.as_strided(shape, stride).fill_(True)
     expected = clipped(param.detach(), grad.clone(), 0.01)
@@ -283,7 +284,7 @@ def test_records_no_graph() -> None:
 def test_backend_torch_gives_the_same_bits_as_auto_on_a_cpu() -> None:
     grads = []
     for backend in ("auto", "torch"):
-        params = make_params()
+        params = parameters()
         set_grads(params, 0)
         adaptive_clip_grad_(params, backend=backend)
         grads.append([p.grad for p in params])
