@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from agc_triton.options import AGC_OPTIONS
 from agc_triton.rule import KernelRule
 from agc_triton.sharded import is_sharded
 from agc_triton.units import UnitDim, split_dims, unit_axes
 
 # What norms in fp32 can be compared with.
 LARGEST = torch.finfo(torch.float32).max
-
-AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
 
 
 def check_options(options: Mapping[str, Any], index: int | None = None) -> None:
