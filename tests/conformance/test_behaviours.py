@@ -22,8 +22,10 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 from torch.testing._internal.common_optimizers import optim_db
 
 from agc_triton import adaptive_clip_grad_
-from tests.support.helpers import PAIRS, make_params, same, set_grads, train
-from tests.support.triton_cases import DEVICE
+from tests.support.optimizers import PAIRS
+from tests.support.places import DEVICE
+from tests.support.tensors import parameters, same, set_grads
+from tests.support.training import train
 
 SHAPES = ((6, 5), (6,))
 STATE: dict[Any, dict[str, Any]] = {
@@ -42,7 +44,7 @@ def ours(cls: Any, params: Any, backend: str, **options: Any) -> Any:
 
 
 def tensors(seed: int = 0) -> list[Any]:
-    return [p.detach().to(DEVICE) for p in make_params(SHAPES, seed=seed)]
+    return [p.detach().to(DEVICE) for p in parameters(SHAPES, seed=seed)]
 
 
 def states(optimizer: Any, params: list[Tensor]) -> list[Any]:
@@ -77,7 +79,7 @@ def test_hooks_run_in_torchs_order() -> None:
         return log
 
     for cls in PAIRS:
-        params = make_params(SHAPES)
+        params = parameters(SHAPES)
         expected = log_of(cls(params), params)
         assert len(expected) == 15
         for backend in ("torch", "triton"):
@@ -269,7 +271,7 @@ def test_a_step_in_inference_mode_between_others(
     cls: Any, options: dict[str, Any], step: int, nonfinite: str
 ) -> None:
     def run(make: Any) -> list[Any]:
-        params = make_params(SHAPES)
+        params = parameters(SHAPES)
         optimizer = make(params, **options)
         for seed in range(4):
             if seed == step:  # so that the plan is made anew
@@ -309,7 +311,7 @@ def test_the_default_device_is_no_matter(
     starts = torch_starts_under("meta", cls)
 
     def stepped(default: str) -> list[Any]:
-        params: list[Any] = [t.detach().to(DEVICE) for t in make_params([(6, 5)], dtype)]
+        params: list[Any] = [t.detach().to(DEVICE) for t in parameters([(6, 5)], dtype)]
         chosen = options.get(cls, {"lr": 0.1})
         optimizer = PAIRS[cls](params, **chosen, backend=backend)
         for seed in range(2):
@@ -337,7 +339,7 @@ class OnGPU(Tensor):
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
 def test_step_counts_follow_their_parameters_to_the_cpu(cls: Any, mode: dict[str, Any]) -> None:
     def run(between: Any) -> list[Any]:
-        params: list[Any] = make_params()
+        params: list[Any] = parameters()
         optimizer = PAIRS[cls](params, lr=0.1, **mode)
         for seed in range(2):
             set_grads(params, seed)
@@ -362,7 +364,7 @@ def test_a_process_forked_after_cuda_was_used_steps_on_the_cpu(
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
-    params = [p.detach().cpu() for p in make_params()]
+    params = [p.detach().cpu() for p in parameters()]
     optimizer = PAIRS[cls](params, lr=0.1)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -372,7 +374,7 @@ def test_a_process_forked_after_cuda_was_used_steps_on_the_cpu(
 
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
 def test_a_step_count_elsewhere_is_never_read_as_host_memory(cls: Any) -> None:
-    params = make_params()
+    params = parameters()
     optimizer = ours(cls, params, "torch")
     set_grads(params, 0)
     optimizer.step()
@@ -388,7 +390,7 @@ def test_a_step_count_elsewhere_is_never_read_as_host_memory(cls: Any) -> None:
 @every_class
 def test_a_backward_pass_over_weights_that_have_changed_raises(cls: Any, backend: str) -> None:
     # As after torch.optim's own steps but the fused ones; silently wrong otherwise.
-    params = [p.detach().to(DEVICE).requires_grad_() for p in make_params(SHAPES)]
+    params = [p.detach().to(DEVICE).requires_grad_() for p in parameters(SHAPES)]
     optimizer = ours(cls, params, backend)
     for _ in range(2):
         loss = torch.stack([(p * p).sum() for p in params]).sum()

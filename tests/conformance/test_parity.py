@@ -12,8 +12,8 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import agc_triton
 import agc_triton.torch_path.blocks
-from tests.support.cases import MODES, NAMES, STATEFUL, STATEFUL_CASES, make_grad
-from tests.support.helpers import make_params, same
+from tests.support.optimizers import MODES, NAMES, STATEFUL, STATEFUL_CASES
+from tests.support.tensors import grad_like, parameters, same
 
 pytestmark = pytest.mark.usefixtures("either_block")
 
@@ -45,7 +45,7 @@ def run(
     shapes: Sequence[tuple[int, ...]] = SHAPES,
 ) -> list[Any]:
     """Numbers, state names and group after each step, an error and what it leaves at the end."""
-    params: list[Any] = make_params(shapes, dtype)
+    params: list[Any] = parameters(shapes, dtype)
     if options.get("differentiable"):  # torch.optim cannot update leaves that need a gradient then
         params = [p.detach() for p in params]
     # torch's fused SGD takes no late first gradient, and its foreach SGD multiplies 16-bit buffers
@@ -58,7 +58,7 @@ def run(
         for step in range(STEPS):
             for i, param in enumerate(params):
                 absent = late and i == 1 and step == 0
-                param.grad = None if absent else make_grad(param.detach(), 10 * step + i)
+                param.grad = None if absent else grad_like(param.detach(), 10 * step + i)
             optimizer.step()
             values = [(p, p.grad, *optimizer.state.get(p, {}).values()) for p in params]
             kept = [[None if t is None else t.detach().clone() for t in row] for row in values]
@@ -189,7 +189,7 @@ def test_sparse_gradients_without_clipping(momentum: float) -> None:
         (agc_triton.SGD_AGC, {"clipping": 0}),
     ]
     for cls, ours in cases:
-        (param,) = make_params([(4, 3)])
+        (param,) = parameters([(4, 3)])
         optimizer: Any = cls([param], lr=0.1, momentum=momentum, dampening=0.5, **ours)
         for row in (1, 1, 2):
             param.grad = torch.sparse_coo_tensor(

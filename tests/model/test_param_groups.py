@@ -14,7 +14,9 @@ from torch.nn.utils import parametrizations
 from torch.optim import SGD
 
 from agc_triton import AGC, param_groups
-from tests.support.helpers import OURS, PAIRS, clipped, same, set_grads
+from tests.support.checks import clipped
+from tests.support.optimizers import OURS, PAIRS
+from tests.support.tensors import same, set_grads
 
 
 def options(model: nn.Module, **arguments: Any) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,10 @@ from torch.nn import Linear, Parameter
 from torch.optim import SGD, Optimizer
 
 from agc_triton import AGC, SGD_AGC, AdamW_AGC, adaptive_clip_grad_, unitwise_norm
-from tests.support.helpers import OURS, PAIRS, make_params, nothing_changes, same, set_grads, train
+from tests.support.checks import nothing_changes
+from tests.support.optimizers import OURS, PAIRS
+from tests.support.tensors import parameters, same, set_grads
+from tests.support.training import train
 
 
 def wrapped_sgd(groups: Any, **options: Any) -> Optimizer:
@@ -24,7 +27,7 @@ TARGETS = [*OURS, wrapped_sgd]
 
 def two_groups() -> list[dict[str, Any]]:
     """A parameter each, named; a test spoils the second."""
-    good, bad = make_params([(4, 3), (4, 3)])
+    good, bad = parameters([(4, 3), (4, 3)])
     return [{"params": [("good", good)]}, {"params": [("bad", bad)]}]
 
 
@@ -71,7 +74,7 @@ def assert_says(error: Exception, *parts: str) -> None:
 def test_bad_option_of_the_constructor(
     target: Any, key: str, value: Any, error: Any, called: str, remedy: str
 ) -> None:
-    params = make_params([(4, 3)])
+    params = parameters([(4, 3)])
     with nothing_changes(params), pytest.raises(error) as caught:
         target(params, **{key: value})
     assert_says(caught.value, key, called, remedy, "group 0")
@@ -82,7 +85,7 @@ def test_bad_option_of_the_constructor(
 def test_bad_option_of_a_group(
     target: Any, key: str, value: Any, error: Any, called: str, remedy: str
 ) -> None:
-    params = make_params([(4, 3), (4, 3)])
+    params = parameters([(4, 3), (4, 3)])
     with nothing_changes(params), pytest.raises(error) as caught:
         target([{"params": params[:1]}, {"params": params[1:], key: value}])
     assert_says(caught.value, key, called, remedy, "group 1")
@@ -93,7 +96,7 @@ def test_bad_option_of_a_group(
 def test_bad_option_of_an_added_group(
     target: Any, key: str, value: Any, error: Any, called: str, remedy: str
 ) -> None:
-    params = make_params([(4, 3), (4, 3)])
+    params = parameters([(4, 3), (4, 3)])
     optimizer = target(params[:1])
     train(optimizer, params, range(2))
     with nothing_changes(params, optimizer), pytest.raises(error) as caught:
@@ -107,7 +110,7 @@ def test_bad_option_of_an_added_group(
 def test_bad_option_set_between_steps(
     target: Any, key: str, value: Any, error: Any, called: str, remedy: str
 ) -> None:
-    params = make_params([(4, 3), (4, 3)])
+    params = parameters([(4, 3), (4, 3)])
     optimizer = target([{"params": [p]} for p in params])
     train(optimizer, params, range(2))
     optimizer.param_groups[1][key] = value
@@ -122,7 +125,7 @@ def test_bad_option_set_between_steps(
 def test_bad_option_of_the_functional(
     key: str, value: Any, error: Any, called: str, remedy: str
 ) -> None:
-    params = make_params([(5,), (4, 3)])
+    params = parameters([(5,), (4, 3)])
     set_grads(params, 0)
     with nothing_changes(params), pytest.raises(error) as caught:
         adaptive_clip_grad_(params, **{key: value})
@@ -133,7 +136,7 @@ def test_bad_option_of_the_functional(
 def test_bad_option_of_the_wrapper_leaves_the_base_alone(
     key: str, value: Any, error: Any, called: str, remedy: str
 ) -> None:
-    params = make_params([(4, 3)])
+    params = parameters([(4, 3)])
     base = SGD(params)
     with nothing_changes(params, base), pytest.raises(error) as caught:
         AGC(base, **{key: value})
@@ -236,7 +239,7 @@ def check_refused(
 def test_gradients_that_the_functional_cannot_clip(
     spoil: Any, error: Any, parts: tuple[str, ...]
 ) -> None:
-    params = make_params([(4, 3), (4, 3)])
+    params = parameters([(4, 3), (4, 3)])
     set_grads(params, 0)
     spoil(params[1])
     with nothing_changes(params), pytest.raises(error) as caught:
@@ -249,7 +252,7 @@ def test_gradients_that_the_functional_cannot_clip(
 def test_a_group_whose_check_fails_is_not_added(
     target: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = make_params([(4, 3), (4, 3)])
+    params = parameters([(4, 3), (4, 3)])
     optimizer = target(params[:1])
 
     def fail(*_: Any, **__: Any) -> None:
@@ -292,7 +295,7 @@ def test_a_sparse_gradient_without_clipping_is_torchs_matter(cls: Any) -> None:
             return str(error)
         return param.detach()
 
-    ours, theirs = PAIRS[cls](make_params([(4, 3)]), clipping=0), cls(make_params([(4, 3)]))
+    ours, theirs = PAIRS[cls](parameters([(4, 3)]), clipping=0), cls(parameters([(4, 3)]))
     assert same(step(ours), step(theirs))
 
 
@@ -303,18 +306,18 @@ def without_defaults() -> Optimizer:
         def __init__(self, optim: Optimizer) -> None:
             self.optim, self.param_groups = optim, optim.param_groups
 
-    return PostLocalSGDOptimizer(SGD(make_params()))
+    return PostLocalSGDOptimizer(SGD(parameters()))
 
 
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
         (lambda: Linear(2, 2), ("torch.optim.Optimizer", "Linear")),
-        (lambda: make_params(), ("torch.optim.Optimizer", "list")),
+        (lambda: parameters(), ("torch.optim.Optimizer", "list")),
         (lambda: SGD, ("torch.optim.Optimizer", "type")),
-        (lambda: SGD_AGC(make_params()), ("SGD_AGC", "already clips")),
-        (lambda: AdamW_AGC(make_params()), ("AdamW_AGC", "already clips")),
-        (lambda: AGC(SGD(make_params())), ("AGC", "already clips")),
+        (lambda: SGD_AGC(parameters()), ("SGD_AGC", "already clips")),
+        (lambda: AdamW_AGC(parameters()), ("AdamW_AGC", "already clips")),
+        (lambda: AGC(SGD(parameters())), ("AGC", "already clips")),
         (without_defaults, ("PostLocalSGDOptimizer", "defaults", "inner optimizer")),
     ],
     ids=["module", "parameters", "class", "SGD_AGC", "AdamW_AGC", "AGC", "no defaults"],
@@ -349,7 +352,7 @@ def test_what_the_functional_cannot_clip_at_all(
 
 @pytest.mark.parametrize("backend", ["cuda", "Triton", "", None, True])
 def test_unknown_backends(backend: Any) -> None:
-    params = make_params()
+    params = parameters()
     set_grads(params, 0)
     for use in (*OURS, adaptive_clip_grad_):
         with nothing_changes(params), pytest.raises(ValueError, match="backend") as caught:
@@ -360,7 +363,7 @@ def test_unknown_backends(backend: Any) -> None:
 def test_backend_triton_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "triton cannot be imported (No module named 'triton')"
     monkeypatch.setattr("agc_triton.routing.kernels_missing", lambda: reason)
-    params = make_params()
+    params = parameters()
     set_grads(params, 0)
     for use in (*OURS, adaptive_clip_grad_):
         with nothing_changes(params), pytest.raises(RuntimeError, match="triton") as caught:
@@ -371,7 +374,7 @@ def test_backend_triton_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @all_targets
 def test_a_closure_that_raises_leaves_the_optimizer_alone(target: Any) -> None:
-    params = make_params([(4, 3)])
+    params = parameters([(4, 3)])
     optimizer = target(params)
     train(optimizer, params, range(1))
 

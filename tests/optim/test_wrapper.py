@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,7 +16,10 @@ from torch.optim import LBFGS, SGD, Adagrad, AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import StepLR
 
 from agc_triton import AGC, adaptive_clip_grad_
-from tests.support.helpers import PAIRS, make_params, random_grad, same, set_grads, train
+from tests.support.disk import on_disk
+from tests.support.optimizers import PAIRS
+from tests.support.tensors import grad_like, parameters, same, set_grads
+from tests.support.training import train
 
 CLIPPING = 0.02
 Closure = Callable[[], float]
@@ -79,7 +81,7 @@ def backward(params: list[Parameter], seed: int = 0) -> Tensor:
     """A loss whose gradient depends on the parameters; rows are under and over their limits."""
     for p in params:
         p.grad = None
-    loss = sum(((p - 3) ** 2 * random_grad(p, seed)).sum() for p in params)
+    loss = sum(((p - 3) ** 2 * grad_like(p, seed)).sum() for p in params)
     assert isinstance(loss, Tensor)
     torch.autograd.backward(loss)
     return loss
@@ -87,11 +89,11 @@ def backward(params: list[Parameter], seed: int = 0) -> Tensor:
 
 def params_for(cls: Any) -> list[Parameter]:
     # Muon takes matrices only.
-    return make_params([(6, 5), (4, 3)]) if cls.__name__ == "Muon" else make_params()
+    return parameters([(6, 5), (4, 3)]) if cls.__name__ == "Muon" else parameters()
 
 
 def sgd(**options: Any) -> tuple[list[Parameter], SGD]:
-    params = make_params()
+    params = parameters()
     return params, SGD(params, lr=0.1, momentum=0.9, **options)
 
 
@@ -134,10 +136,10 @@ def test_steps_as_the_base_does_on_clipped_gradients(
 def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
     cls: Any, coalesced: bool
 ) -> None:
-    (ours,), (theirs,) = make_params([(7, 4)]), make_params([(7, 4)])
+    (ours,), (theirs,) = parameters([(7, 4)]), parameters([(7, 4)])
     wrapped, base = AGC(cls([ours], lr=0.1), CLIPPING), cls([theirs], lr=0.1)
     for seed in range(3):
-        values = random_grad(torch.empty(5, 4), seed)
+        values = grad_like(torch.empty(5, 4), seed)
         for param in (ours, theirs):
             grad = torch.sparse_coo_tensor(
                 torch.tensor([[5, 1, 5, 2, 1]]), values.clone(), (7, 4), check_invariants=True
@@ -147,13 +149,13 @@ def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
         wrapped.step()
         base.step()
     assert same(ours, theirs)
-    before = make_params([(7, 4)])[0]
+    before = parameters([(7, 4)])[0]
     moved = (ours != before).any(dim=1)
     assert moved.tolist() == [False, True, True, False, False, True, False]
 
 
 def test_third_party_optimizers_keep_their_own_ways() -> None:
-    ours, theirs = make_params(), make_params()
+    ours, theirs = parameters(), parameters()
     wrapped, base = AGC(SharpnessAware(ours), CLIPPING), SharpnessAware(theirs)
 
     def evaluate_and_clip() -> Tensor:
@@ -169,7 +171,7 @@ def test_third_party_optimizers_keep_their_own_ways() -> None:
     assert wrapped.updates == 3
     saved = wrapped.state_dict()
     assert saved["updates"] == 3
-    again = AGC(SharpnessAware(make_params()), clipping=0.5)
+    again = AGC(SharpnessAware(parameters()), clipping=0.5)
     again.load_state_dict(saved)
     assert again.updates == 3
     assert again.param_groups[0]["clipping"] == CLIPPING
@@ -208,7 +210,7 @@ def test_a_base_that_wraps_another_and_calls_no_hooks_is_clipped(with_closure: b
 
 
 def test_zero_grad_works_where_the_base_takes_no_argument() -> None:
-    params = make_params()
+    params = parameters()
     set_grads(params, 0)
     AGC(SharpnessAware(params)).zero_grad()
     assert all(p.grad is None for p in params)
@@ -276,7 +278,7 @@ def test_asking_for_anything_before_there_is_a_base_is_an_attribute_error() -> N
 
 
 def test_group_settings_come_before_the_wrappers() -> None:
-    params = make_params([(4, 3)] * 4)
+    params = parameters([(4, 3)] * 4)
     groups: list[dict[str, Any]] = [
         {"params": params[:1]},
         {"params": params[1:2], "clipping": 0.5},
@@ -301,7 +303,7 @@ def test_group_settings_come_before_the_wrappers() -> None:
 
 
 def test_a_group_changed_between_steps_is_heeded() -> None:
-    (param,) = make_params([(4, 3)])
+    (param,) = parameters([(4, 3)])
     wrapped = AGC(SGD([param], lr=1.0), clipping=0.1)
     for clipping in (0.1, 0.5, None):
         wrapped.param_groups[0]["clipping"] = clipping
@@ -319,14 +321,14 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     wrapped.step()
     set_grads(params[:1], 0)
     wrapped.step()
-    assert same(params[1:], make_params()[1:])
+    assert same(params[1:], parameters()[1:])
     assert set(wrapped.state) == {params[0]}
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("cls", [SGD, AdamW, Adagrad])
 def test_copies_go_on_as_the_original(cls: Any, copier: Callable[[Any], Any]) -> None:
-    params = make_params()
+    params = parameters()
     groups = [{"params": params[:2], "clipping": 0.5}, {"params": params[2:]}]
     wrapped = AGC(cls(groups), CLIPPING, agc_eps=0.1, unit_dim=0)
     train(wrapped, params, range(2))
@@ -340,20 +342,13 @@ def test_copies_go_on_as_the_original(cls: Any, copier: Callable[[Any], Any]) ->
     assert same(wrapped.state_dict(), wrapped2.state_dict())
 
 
-def saved_and_loaded(state_dict: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("through_base", [False, True])
 @pytest.mark.parametrize("cls", PAIRS)
 def test_a_plain_checkpoint_keeps_the_settings(cls: Any, through_base: bool) -> None:
-    params = make_params()
+    params = parameters()
     plain = cls(params, lr=0.05)
     train(plain, params, range(2))
-    checkpoint = saved_and_loaded(plain.state_dict())
+    checkpoint = on_disk(plain.state_dict())
 
     ours = copy.deepcopy(params)
     groups = [{"params": ours, "clipping": 0.5}]
@@ -373,13 +368,13 @@ def test_a_plain_checkpoint_keeps_the_settings(cls: Any, through_base: bool) -> 
 
 @pytest.mark.parametrize("cls", PAIRS)
 def test_its_checkpoints_load_into_the_plain_base_and_the_wrapper(cls: Any) -> None:
-    params = make_params()
+    params = parameters()
     wrapped = AGC(cls(params), CLIPPING)
     train(wrapped, params, range(2))
     plain_params, again_params = copy.deepcopy(params), copy.deepcopy(params)
     plain, again = cls(plain_params), AGC(cls(again_params), clipping=0.7)
     for loader in (plain, again):
-        loader.load_state_dict(saved_and_loaded(wrapped.state_dict()))
+        loader.load_state_dict(on_disk(wrapped.state_dict()))
     set_grads(plain_params, 2)
     adaptive_clip_grad_(plain_params, CLIPPING)
     plain.step()
@@ -391,7 +386,7 @@ def test_its_checkpoints_load_into_the_plain_base_and_the_wrapper(cls: Any) -> N
 
 @pytest.mark.parametrize("cls", PAIRS)
 def test_agrees_with_the_class_of_the_same_name(cls: Any) -> None:
-    ours, theirs = make_params(dtype=torch.float64), make_params(dtype=torch.float64)
+    ours, theirs = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
     wrapped, fused = AGC(cls(ours), CLIPPING), PAIRS[cls](theirs, clipping=CLIPPING)
     for seed in range(4):
         train(wrapped, ours, range(seed, seed + 1))

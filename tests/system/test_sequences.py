@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agc_triton.torch_path import blocks
-from tests.support.cases import NAMES
+from tests.support.optimizers import NAMES
 from tests.support.sequences import NARROW, OPERATIONS, WIDE, Loop
 
 every_name = pytest.mark.parametrize("name", NAMES)
