@@ -81,6 +81,23 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``either_block`` is for what goes through blocks; these modes do not."""
+
+    def goes_through_blocks(item: Any) -> bool:
+        given = item.callspec.params
+        options = {given.get("mode"): True, **(given.get("options") or {})}
+        return not (options.get("foreach") or options.get("differentiable"))
+
+    items[:] = [
+        item
+        for item in items
+        if getattr(item, "callspec", None) is None
+        or item.callspec.params.get("either_block") != "alone"
+        or goes_through_blocks(item)
+    ]
+
+
 @pytest.fixture(params=["packed", "alone"])
 def either_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch path's two kinds of blocks: small tensors are packed, or each has its own."""

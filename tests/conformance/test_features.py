@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -227,13 +226,6 @@ def test_averaged_models_take_the_trained_weights(make: Any) -> None:
         seen.append(model.weight.detach().clone())
     assert not same(seen[0], seen[-1])
     torch.testing.assert_close(averaged.module.weight.detach(), torch.stack(seen).mean(0))
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # dynamo looks into torch.optim.SGD, the wrapper's base, and imports torch's scripted classes.

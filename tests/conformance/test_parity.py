@@ -15,7 +15,7 @@ import agc_triton.torch_path.blocks
 from tests.support.optimizers import MODES, NAMES, STATEFUL, STATEFUL_CASES
 from tests.support.tensors import grad_like, parameters, same
 
-pytestmark = pytest.mark.usefixtures("either_block")
+either_block = pytest.mark.usefixtures("either_block")
 
 STEPS = 3
 SHAPES = ((17, 3), (4, 3, 2, 2), (6,), (4, 1, 1, 1), ())
@@ -91,6 +91,7 @@ def test_without_clipping(name: str, options: dict[str, Any]) -> None:
     assert_same_run(name, options, 0, None)
 
 
+@either_block
 @pytest.mark.parametrize(("name", "options"), configurations(False))
 def test_under_a_limit_that_nothing_reaches(name: str, options: dict[str, Any]) -> None:
     assert_same_run(name, options, UNREACHED)
@@ -110,6 +111,7 @@ ODD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@either_block
 @pytest.mark.parametrize(("name", "options"), ODD_OPTIONS)
 def test_flags_and_numbers_as_torch_takes_them(name: str, options: dict[str, Any]) -> None:
     shapes = SHAPES[:-1]  # it takes a momentum of shape (1,) for all but scalars
@@ -129,6 +131,7 @@ def test_flags_and_numbers_as_torch_takes_them(name: str, options: dict[str, Any
 REPEATED = [case for case in STATEFUL_CASES if case != ("SGD", "foreach")]
 
 
+@either_block
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.parametrize(("name", "mode"), REPEATED)
 def test_a_parameter_that_is_twice_in_a_group(name: str, mode: str) -> None:
@@ -152,6 +155,7 @@ OTHER_DTYPES = [
 ]
 
 
+@either_block
 @pytest.mark.parametrize(("name", "mode", "dtype"), OTHER_DTYPES, ids=str)
 def test_other_dtypes(name: str, mode: str, dtype: torch.dtype) -> None:
     clippings = [None] if mode == "default" else [None, UNREACHED]
