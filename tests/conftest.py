@@ -81,6 +81,20 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``either_block`` is for what goes through blocks; these modes do not."""
+
+    def goes_through_blocks(item: Any) -> bool:
+        given = item.callspec.params
+        options = {given.get("mode"): True, **(given.get("options") or {})}
+        return not (options.get("foreach") or options.get("differentiable"))
+
+    def is_alone(item: Any) -> bool:
+        return hasattr(item, "callspec") and item.callspec.params.get("either_block") == "alone"
+
+    items[:] = [item for item in items if not is_alone(item) or goes_through_blocks(item)]
+
+
 @pytest.fixture(params=["packed", "alone"])
 def either_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch path's two kinds of blocks: small tensors are packed, or each has its own."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from agc_triton import AGC, SGD_AGC, AdamW_AGC, adaptive_clip_grad_, param_groups, unitwise_norm
 from agc_triton.units import UnitLayout, count_units, unit_layout
-from tests.support.cases import NAMES, STATEFUL, build
-from tests.support.helpers import same
-from tests.support.triton_cases import CLIPPING, DEVICE, make_grad, make_weight
+from tests.support.disk import on_disk
+from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, build
+from tests.support.places import DEVICE, KERNELS
+from tests.support.tensors import grad_like, same, weight
 
 BACKENDS = ("torch", "triton") if DEVICE == "cpu" else ("triton",)
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -47,10 +45,6 @@ def test_how_units_lie_in_memory(
         assert count_units(torch.Size(shape), unit_dim) == expected.n_units
 
 
-def tensors(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Tensor]:
-    return [make_weight(shape, seed=seed + i).float().to(DEVICE) for i, shape in enumerate(shapes)]
-
-
 # Stored, how its units are named, and the tensors of plain units that it is made of.
 KINDS: dict[str, tuple[Any, Any, Any]] = {
     "experts (E, out, in)": ((3, 4, 6), (0, 1), lambda t: list(t.unbind(0))),
@@ -81,12 +75,12 @@ def test_a_tensor_steps_as_the_layers_it_stands_for(
 ) -> None:
     shape, unit_dim, split = KINDS[kind]
     options = {**STATEFUL[name], "clipping": CLIPPING, "nonfinite": nonfinite, "backend": backend}
-    (stacked,) = tensors([shape])
+    (stacked,) = KERNELS.weights([shape])
     layers = [part.clone().contiguous() for part in split(stacked)]
     ours = build(name, [stacked], {**options, "unit_dim": unit_dim})
     theirs = build(name, layers, options)
     for seed in range(3):
-        grad = make_grad(shape, seed=seed).float().to(DEVICE) * 3
+        grad = grad_like(stacked, seed)
         if nonfinite == "skip_unit" and seed == 1:
             grad.view(-1)[5] = torch.nan
         stacked.grad = grad
@@ -107,10 +101,10 @@ def test_blocks_of_part_of_a_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -
     for block in (1 << 20, 30, 7):
         monkeypatch.setattr("agc_triton.torch_path.blocks.BLOCK", block)
         monkeypatch.setattr("agc_triton.torch_path.blocks.PACKED", 0)
-        param = make_weight(shape).float()
+        param = weight(shape)
         optimizer = build("AdamW", [param], {"unit_dim": unit_dim, "clipping": CLIPPING})
         for seed in range(2):
-            param.grad = make_grad(shape, seed=seed).float() * 3
+            param.grad = grad_like(param, seed)
             optimizer.step()
         results.append(param)
     torch.testing.assert_close(results[1], results[0])
@@ -120,8 +114,8 @@ def test_blocks_of_part_of_a_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -
 @on_both_paths
 def test_the_functional_form_and_norms(kind: str, backend: str) -> None:
     shape, unit_dim, split = KINDS[kind]
-    (param,) = tensors([shape])
-    param.grad = make_grad(shape).float().to(DEVICE) * 3
+    (param,) = KERNELS.weights([shape])
+    param.grad = grad_like(param)
     layers = [part.clone().contiguous() for part in split(param)]
     for layer, part in zip(layers, split(param.grad), strict=True):
         layer.grad = part.clone().contiguous()
@@ -142,15 +136,12 @@ def test_the_wrapper_and_checkpoints(kind: str) -> None:
         lambda p: SGD_AGC([p], lr=0.1, clipping=CLIPPING, unit_dim=unit_dim),
         lambda p: AGC(torch.optim.SGD([p], lr=0.1), clipping=CLIPPING, unit_dim=unit_dim),
     ):
-        (param,) = tensors([shape])
+        (param,) = KERNELS.weights([shape])
         optimizer: Any = make(param)
         for seed in range(2):
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(), file)
-            file.seek(0)
-            optimizer.load_state_dict(torch.load(file, weights_only=True))
+            optimizer.load_state_dict(on_disk(optimizer.state_dict()))
             assert optimizer.param_groups[0]["unit_dim"] == unit_dim
-            param.grad = make_grad(shape, seed=seed).float().to(DEVICE) * 3
+            param.grad = grad_like(param, seed)
             optimizer.step()
         results.append(param)
     torch.testing.assert_close(*results)
@@ -159,14 +150,14 @@ def test_the_wrapper_and_checkpoints(kind: str) -> None:
 @on_both_paths
 def test_explain_counts_them(kind: str, backend: str) -> None:
     shape, unit_dim, split = KINDS[kind]
-    (param,) = tensors([shape])
+    (param,) = KERNELS.weights([shape])
     table = AdamW_AGC([param], unit_dim=unit_dim, backend=backend).explain()
     layers = split(param)
     assert table["units"].iloc[-1] == sum(len(layer) for layer in layers)
 
 
 def test_units_that_lie_scattered_take_the_torch_path() -> None:
-    (param,) = tensors([(2, 3, 2, 3, 2)])
+    (param,) = KERNELS.weights([(2, 3, 2, 3, 2)])
     param.grad = torch.ones_like(param)
     with pytest.raises(RuntimeError, match=r"unit_dim=\(1, 3\).* scattered in memory"):
         AdamW_AGC([param], unit_dim=(1, 3), backend="triton").step()
@@ -185,7 +176,7 @@ def test_param_groups_find_the_units_of_a_transposed_convolution(groups: int) ->
 
 
 def test_one_value_means_one_thing() -> None:
-    (param,) = tensors([(4, 5)])
+    (param,) = KERNELS.weights([(4, 5)])
     assert same(unitwise_norm(param, None), unitwise_norm(param, 0))
     assert unitwise_norm(param, "tensor").shape == (1, 1)
     assert unitwise_norm(param, (0,)).shape == (4, 1)

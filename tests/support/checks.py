@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tests.support.kernel_oracle import KernelOracle, kernel_tolerance
 from tests.support.optimizers import CLIPPING, STATEFUL, Kwargs, build, low_precision
 from tests.support.oracle import Oracle, as_float64, clip, exact
-from tests.support.places import CPU, KERNELS, Place
+from tests.support.places import KERNELS, Place
 from tests.support.tensors import grads_like, same
 from tests.support.tolerances import TOLERANCES
 
@@ -98,15 +98,14 @@ def check_steps(
     grads: Callable[[Sequence[Tensor], int], Sequence[Tensor]] = grads_like,
     between: Callable[[Any], None] = lambda optimizer: None,
     rounds_as: str | None = None,
-    place: Place = CPU,
     **agc: Any,
 ) -> None:
-    """Two steps of parameters of one dtype, all states in use, against the oracle.
+    """Two steps on the torch path against the oracle; parameters of one dtype, every state.
 
     ``between`` is called with the optimizer after each. ``rounds_as`` is the mode that has to be
     fallen back to where ``mode`` itself cannot do it.
     """
-    dtype = params[0].dtype
+    dtype, place = params[0].dtype, Place("torch", params[0].device.type)
     options: Kwargs = {**STATEFUL[name], "clipping": CLIPPING, **agc}
     if dtype.itemsize == 2:
         options = low_precision(name, options)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tests.support import tensors
+from tests.support.tensors import FEW_SHAPES, SHAPES, Shape, UnitDim
 
 
 class Place(NamedTuple):
@@ -18,6 +22,26 @@ class Place(NamedTuple):
     def interpreted(self) -> bool:
         """Whether Triton's interpreter runs the kernels."""
         return self.backend == "triton" and self.device == "cpu"
+
+    def weight(
+        self,
+        shape: Shape,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        unit_dim: UnitDim = None,
+    ) -> Tensor:
+        """A weight to be stepped here."""
+        return tensors.weight(shape, dtype, self.device, seed, unit_dim)
+
+    def weights(
+        self,
+        shapes: Iterable[Shape] = SHAPES,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        unit_dim: UnitDim = None,
+    ) -> list[Tensor]:
+        """A weight of each shape."""
+        return tensors.weights(shapes, dtype, self.device, seed, unit_dim)
 
 
 # Without a GPU the kernels run in Triton's interpreter, on CPU tensors (interpreter.py).
@@ -42,3 +66,8 @@ def on_device(value: Any, device: str = DEVICE) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(on_device(item, device) for item in value)
     return value
+
+
+def few_weights(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """Of ``FEW_SHAPES``, where the kernels run."""
+    return KERNELS.weights(FEW_SHAPES, dtype, seed)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tests.support.places import DEVICE
-
 Shape = Sequence[int]
+UnitDim = int | None
 
 # A matrix, a filter bank, a bias, a gain shaped (C, 1, 1, 1) and a scalar.
 SHAPES = ((6, 5), (4, 3, 2, 2), (6,), (4, 1, 1, 1), ())
@@ -28,7 +27,7 @@ GRAD_SCALES = (1.0, 0.003, 10.0, 0.0003)
 
 
 def _unit_values(
-    shape: Shape, unit_dim: int | None, scales: Sequence[float], seed: int, dtype: torch.dtype
+    shape: Shape, unit_dim: UnitDim, scales: Sequence[float], seed: int, dtype: torch.dtype
 ) -> Tensor:
     """Normal values times a scale per unit, from the first of ``scales`` on.
 
@@ -61,7 +60,7 @@ def weight(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
-    unit_dim: int | None = None,
+    unit_dim: UnitDim = None,
 ) -> Tensor:
     """A weight, contiguous."""
     scales = WEIGHT_SCALES[seed % 3 :] + WEIGHT_SCALES[: seed % 3]
@@ -73,15 +72,10 @@ def weights(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
-    unit_dim: int | None = None,
+    unit_dim: UnitDim = None,
 ) -> list[Tensor]:
     """A weight of each shape, each other numbers."""
     return [weight(s, dtype, device, seed + i, unit_dim) for i, s in enumerate(shapes)]
-
-
-def few_weights(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-    """Of ``FEW_SHAPES``, where the kernels run."""
-    return weights(FEW_SHAPES, dtype, DEVICE, seed)
 
 
 def parameters(
@@ -100,14 +94,12 @@ def in_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
     return tensor.permute(tuple(order)).contiguous().permute(inverse)
 
 
-def grad_like(param: Tensor, seed: int = 0, unit_dim: int | None = None) -> Tensor:
+def grad_like(param: Tensor, seed: int = 0, unit_dim: UnitDim = None) -> Tensor:
     """A gradient as autograd leaves it: its parameter's device, dtype and memory order."""
     return grads_like([param], seed, unit_dim)[0]
 
 
-def grads_like(
-    params: Sequence[Tensor], seed: int = 0, unit_dim: int | None = None
-) -> list[Tensor]:
+def grads_like(params: Sequence[Tensor], seed: int = 0, unit_dim: UnitDim = None) -> list[Tensor]:
     """A gradient for each parameter; the first units are over their limits if ``seed`` is even."""
     scales = GRAD_SCALES[seed % 4 :] + GRAD_SCALES[: seed % 4]
     grads = []
@@ -116,6 +108,16 @@ def grads_like(
         order = sorted(range(param.dim()), key=param.stride, reverse=True)
         grads.append(in_order(values, order).to(param.device))
     return grads
+
+
+# How a gradient may lie in memory.
+GRAD_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "transposed": lambda g: in_order(g, range(g.dim())[::-1]),
+    "expanded": lambda g: g.flatten()[0].expand(g.shape),
+    "partly expanded": lambda g: g[:1].expand(g.shape) if g.dim() else g,
+    "sliced": lambda g: torch.stack([g, g], -1)[..., 0],
+}
 
 
 def assign(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

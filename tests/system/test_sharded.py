@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cases import NAMES, STATEFUL, build, make_grad, randn
+from tests.support.optimizers import NAMES, build, stateful
 from tests.support.ranks import RANKS, on_ranks
+from tests.support.tensors import grad_like, weight
 
 STEPS = 6
 MODES: list[dict[str, Any]] = [{}, {"foreach": True}, {"clipping": 0}, {"unit_dim": 1}]
@@ -37,15 +38,15 @@ CASES = [
 
 
 def weights() -> list[Tensor]:
-    return [randn(shape, seed=i) for i, (shape, _) in enumerate(SHARDED)]
+    return [weight(shape, device="cpu", seed=i) for i, (shape, _) in enumerate(SHARDED)]
 
 
 def grads(step: int) -> list[Tensor]:
-    return [make_grad(w, 100 * step + i) for i, w in enumerate(weights())]
+    return [grad_like(w, 100 * step + i) for i, w in enumerate(weights())]
 
 
 def options(name: str, mode: int, backend: str) -> dict[str, Any]:
-    return {**STATEFUL[name], "clipping": 0.05, **MODES[mode], "backend": backend}
+    return {**stateful(name), "clipping": 0.05, **MODES[mode], "backend": backend}
 
 
 def sharded(rank: int) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def train(net: Any) -> list[Tensor]:
 
     optimizer = AdamW_AGC(net.parameters(), lr=0.1, clipping=0.05, backend="torch")
     for step in range(3):
-        loss = net(randn((4, 6), seed=step)).square().mean()
+        loss = net(weight((4, 6), device="cpu", seed=step)).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

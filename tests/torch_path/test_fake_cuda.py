@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import agc_triton
 from agc_triton import AGC, adaptive_clip_grad_, unitwise_norm
-from tests.support.cases import NAMES
+from tests.support.optimizers import NAMES
 
 MODES: list[dict[str, Any]] = [
     {},

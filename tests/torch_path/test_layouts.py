@@ -13,7 +13,7 @@ from tests.support.checks import check_steps, oracle_for, states_of, step_with
 from tests.support.optimizers import CLIPPING, STATEFUL, STATEFUL_CASES, build
 from tests.support.oracle import Oracle
 from tests.support.places import Place
-from tests.support.tensors import grads_like, in_order
+from tests.support.tensors import GRAD_LAYOUTS, grads_like, in_order
 from tests.support.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("either_block")
@@ -87,22 +87,13 @@ def test_dense_parameters_of_any_memory_order(
     check_steps(name, mode, params, unit_dim=unit_dim)
 
 
-GRADS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": Tensor.contiguous,
-    "transposed": lambda g: in_order(g, range(g.dim())[::-1]),
-    "expanded": lambda g: g.flatten()[0].expand(g.shape),
-    "partly expanded": lambda g: g[:1].expand(g.shape) if g.dim() else g,
-    "sliced": lambda g: torch.stack([g, g], -1)[..., 0],
-}
-
-
-@pytest.mark.parametrize("layout", GRADS)
+@pytest.mark.parametrize("layout", GRAD_LAYOUTS)
 @all_cases
 def test_gradients_with_strides_of_their_own(
     name: str, mode: str, layout: str, torch_place: Place
 ) -> None:
     def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
-        return [GRADS[layout](g) for g in grads_like(params, step)]
+        return [GRAD_LAYOUTS[layout](g) for g in grads_like(params, step)]
 
     params = [
         *permuted(torch_place),

@@ -60,7 +60,7 @@ FEWER_CASES = [
     for label, given in options(name).items()
     for mode in MODES
     if supported(name, given, mode)
-    and (mode == "default" or (given == STATEFUL[name] and mode != "differentiable"))
+    and (mode == "default" or (given == STATEFUL[name] and mode in ("foreach", "not fused")))
 ]
 
 

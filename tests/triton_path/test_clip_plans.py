@@ -13,8 +13,8 @@ from agc_triton import adaptive_clip_grad_
 from agc_triton.triton_path.launches import Launch
 from tests.support.checks import check_clipped
 from tests.support.optimizers import CLIPPING
-from tests.support.places import DEVICE
-from tests.support.tensors import few_weights, grad_like, moved, unaligned, weight
+from tests.support.places import DEVICE, few_weights
+from tests.support.tensors import grad_like, moved, unaligned, weight
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 

@@ -16,9 +16,9 @@ from agc_triton import AdamW_AGC, adaptive_clip_grad_
 from tests.support.checks import nothing_changes, states_of
 from tests.support.guards import Guarded
 from tests.support.optimizers import ADAMW, CLIPPING, MOMENTUM, NAMES, STATEFUL
-from tests.support.places import DEVICE
+from tests.support.places import DEVICE, few_weights
 from tests.support.plans import plan_of, tile_shapes
-from tests.support.tensors import few_weights, moved, same, unaligned, weight
+from tests.support.tensors import moved, same, unaligned, weight
 from tests.support.training import Training
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")

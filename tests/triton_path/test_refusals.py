@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.support.optimizers import TRITON, build
-from tests.support.places import DEVICE
-from tests.support.tensors import few_weights, grad_like, same, weight
+from tests.support.places import DEVICE, few_weights
+from tests.support.tensors import grad_like, same, weight
 from tests.support.training import Training
 
 

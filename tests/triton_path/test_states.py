@@ -14,9 +14,9 @@ from torch import Tensor
 from tests.support.checks import nothing_changes, oracle_for, states_of, step_with
 from tests.support.guards import Guarded
 from tests.support.optimizers import ADAMW, MOMENTUM, NAMES, PAIRS, STATEFUL, TRITON, build
-from tests.support.places import DEVICE, KERNELS
+from tests.support.places import DEVICE, KERNELS, few_weights
 from tests.support.plans import bucket_plans
-from tests.support.tensors import few_weights, grad_like, moved, same, weight
+from tests.support.tensors import grad_like, moved, same, weight
 from tests.support.training import Training
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
