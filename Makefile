@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 INTEGRATIONS := .venv-integrations
 INTEGRATIONS_INSTALLED := $(INTEGRATIONS)/.installed
 
-.PHONY: bench coverage demo mutations picture soak test test-integrations
+.PHONY: bench coverage demo mutations picture soak test test-gpu test-integrations
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
@@ -40,6 +40,11 @@ $(INTEGRATIONS_INSTALLED): pyproject.toml setup.py constraints-integrations.txt
 # Packages are all that is fetched: models are made from small configurations.
 test-integrations: $(INTEGRATIONS_INSTALLED)
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest -W default tests/integrations
+
+# The suite with a Python that has torch, triton, pytest, hypothesis and expecttest, on its GPU if there
+# is one: make test-gpu PYTHON=python3. Nothing is installed; what needs more is left out.
+test-gpu:
+	$(PYTHON) -m pytest -p no:benchmark -p no:cacheprovider
 
 # What takes minutes: thousands of steps, many random sequences of operations.
 soak: $(INSTALLED)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from agc_triton.dispatch import Clipper
-from agc_triton.norms import Clip, clip_factors, unit_norms
+from agc_triton.norms import Clip, clip_factors, norms_over, spread, unit_norms
 from agc_triton.routing import check_backend
-from agc_triton.units import norm_dims, unit_dims
+from agc_triton.units import UnitDim, unit_axes
 from agc_triton.validation import (
     check_grad,
     check_in_place,
@@ -22,21 +22,21 @@ from agc_triton.validation import (
 )
 
 
-def unitwise_norm(tensor: Tensor, unit_dim: int | None = None) -> Tensor:
+def unitwise_norm(tensor: Tensor, unit_dim: UnitDim = None) -> Tensor:
     """L2 norm of each unit, shaped to broadcast against ``tensor``.
 
     Args:
         tensor: real or complex, any shape.
-        unit_dim: dimension that indexes units, None for 0; a tensor of squeezed rank <= 1 is one
-            unit whatever it says.
+        unit_dim: as in `agc_triton.AdamW_AGC`.
 
     Returns:
-        fp32 (fp64 for fp64 input); every dimension but the unit dimension has size 1.
+        fp32 (fp64 for fp64 input); every dimension that does not index units has size 1, and one
+        that is cut into parts its own size.
 
     Raises:
-        ValueError: ``unit_dim`` is out of range.
+        TypeError, ValueError: ``unit_dim`` is none, or does not fit the shape.
     """
-    return unit_norms(tensor, norm_dims(tensor.shape, unit_dim))
+    return spread(unit_norms(tensor, unit_dim), tensor.shape, unit_dim)
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def adaptive_clip_grad_(
     clipping: float | None = 1e-2,
     agc_eps: float = 1e-3,
     *,
-    unit_dim: int | None = None,
+    unit_dim: UnitDim = None,
     backend: str = "auto",
 ) -> None:
     """Clip ``.grad`` in place, unit by unit; parameters without a gradient are skipped.
@@ -133,12 +133,12 @@ def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i:
         _check_sparse_rows(param, grad, group["unit_dim"], tensor_name(group, index, i))
 
 
-def _check_sparse_rows(param: Tensor, grad: Tensor, unit_dim: int | None, name: str) -> None:
+def _check_sparse_rows(param: Tensor, grad: Tensor, unit_dim: UnitDim, name: str) -> None:
     if (
         grad.layout is not torch.sparse_coo
         or param.dim() != 2
         or grad.sparse_dim() != 1
-        or unit_dims(param.shape, unit_dim) not in ((), (0,))
+        or unit_axes(param.shape, unit_dim) not in ((), ((0, len(param)),))
     ):
         raise RuntimeError(
             f"the sparse gradient of {name} cannot be clipped: only row-sparse COO gradients of"
@@ -153,8 +153,7 @@ def _clip_sparse_rows_(param: Tensor, clip: Clip) -> None:
     if not grad.is_coalesced():
         grad = param.grad = grad.coalesce()
     values = grad.values()
-    if not unit_dims(param.shape, clip.unit_dim):
-        weight, dims = param, norm_dims(param.shape, None)
-    else:
+    weight, dims = param, tuple(range(2))
+    if unit_axes(param.shape, clip.unit_dim):
         weight, dims = param[grad.indices()[0]], (1,)
-    values.mul_(clip_factors(unit_norms(weight, dims), unit_norms(values, dims), clip))
+    values.mul_(clip_factors(norms_over(weight, dims), norms_over(values, dims), clip))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from agc_triton.dispatch import preview
 from agc_triton.routing import reasons
 from agc_triton.rule import Work
-from agc_triton.units import has_units, unit_dims
+from agc_triton.units import count_units, has_units
 
 if TYPE_CHECKING:
     from agc_triton.dispatch import Bucket
@@ -30,10 +29,10 @@ def explain(work: Work, bandwidth: float) -> pd.DataFrame:
     """The table behind `AGCOptimizer.explain`: every parameter, with or without a gradient."""
     taken: list[list[Tensor]] = []
     others: defaultdict[tuple[str, str, str], list[tuple[Tensor, int, int]]] = defaultdict(list)
-    for group in work.groups:
+    for index, group in enumerate(work.groups):
         states = len(work.rule.kernel.states(group))
         taken.append([])
-        for p, reason in zip(group["params"], reasons(work.backend, group), strict=True):
+        for p, reason in zip(group["params"], reasons(work, index), strict=True):
             if is_lazy(p):
                 continue
             if reason is None:
@@ -71,7 +70,7 @@ def _units(param: Tensor, group: Mapping[str, Any]) -> int:
     """How many units a parameter has; 1 where its ``unit_dim`` means nothing."""
     if not has_units(param.shape, group["unit_dim"]):
         return 1
-    return math.prod(param.shape[dim] for dim in unit_dims(param.shape, group["unit_dim"]))
+    return count_units(param.shape, group["unit_dim"])
 
 
 def _describe(bucket: Bucket, dtype: torch.dtype, states: int) -> dict[str, Any]:

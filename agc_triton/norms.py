@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agc_triton.nonfinite import SkippedUnits
+from agc_triton.units import UnitDim, unfolded, unit_axes
 
 # Gradient norms are not taken for smaller than this when they divide (the authors' code).
 SMALLEST = 1e-6
@@ -25,7 +26,7 @@ class Clip(NamedTuple):
 
     clipping: float
     agc_eps: float
-    unit_dim: int | None = None
+    unit_dim: UnitDim = None
     skipped: SkippedUnits | None = None
 
     @classmethod
@@ -40,7 +41,27 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def unit_norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+def unit_norms(tensor: Tensor, unit_dim: UnitDim) -> Tensor:
+    """The L2 norm of each unit, accumulated in `norm_dtype`.
+
+    They lie as in the tensor `unfolded`, all other dimensions of size 1; see `spread`.
+
+    Raises:
+        ValueError: ``unit_dim`` does not fit the shape.
+    """
+    shape, dims = unfolded(tensor.shape, unit_dim)
+    return norms_over(tensor if shape == tensor.shape else tensor.reshape(shape), dims)
+
+
+def spread(values: Tensor, shape: torch.Size, unit_dim: UnitDim) -> Tensor:
+    """A value per unit, shaped to broadcast against the tensor that `unit_norms` was asked for."""
+    for dim, parts in unit_axes(shape, unit_dim):
+        if parts != shape[dim]:  # two dimensions there, of the parts and of what lies in each
+            values = values.repeat_interleave(shape[dim] // parts, dim).squeeze(dim + 1)
+    return values
+
+
+def norms_over(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     """L2 norms over ``dims``, kept as size 1, accumulated in `norm_dtype`."""
     if tensor.dtype == torch.complex32:  # its moduli and norms would be fp16
         tensor = tensor.to(torch.complex64)

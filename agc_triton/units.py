@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,44 +37,109 @@ class UnitLayout(NamedTuple):
         return self.batch * self.units
 
 
+# A dimension that indexes units, or with a number of equal parts into which it is cut, each of
+# which is of one unit: a ConvTranspose's inputs by group.
+Dim = int | tuple[int, int]
+# What a group says: None is 0, "tensor" makes one unit of every tensor.
+UnitDim = int | tuple[Dim, ...] | str | None
+
+
 @functools.lru_cache(maxsize=4096)
-def unit_dims(shape: torch.Size, unit_dim: int | None) -> tuple[int, ...]:
-    """The dimensions that index units; none where the whole tensor is one unit.
+def unit_axes(shape: torch.Size, unit_dim: UnitDim) -> tuple[tuple[int, int], ...]:
+    """The dimensions that index units, each with its number of parts; none for a single unit.
 
     Tensors of squeezed rank <= 1 (scalars, biases, gains shaped (C, 1, 1, 1)) are one unit, as in
-    the authors' JAX code (Brock et al. 2021, arXiv 2102.06171) and optax. ``unit_dim`` None is 0.
+    the authors' JAX code (Brock et al. 2021, arXiv 2102.06171) and optax.
 
     Raises:
-        ValueError: ``unit_dim`` is out of range for ``shape``.
+        ValueError: ``unit_dim`` does not fit ``shape``.
     """
-    if sum(size != 1 for size in shape) <= 1:
+    if unit_dim == "tensor" or sum(size != 1 for size in shape) <= 1:
         return ()
-    dim = 0 if unit_dim is None else unit_dim
-    if not -len(shape) <= dim < len(shape):
+    found: dict[int, int] = {}
+    for dim, parts in split_dims(unit_dim):
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(
+                f"unit_dim {unit_dim} is out of range for shape {tuple(shape)}, whose dimensions"
+                f" are {-len(shape)} to {len(shape) - 1}"
+            )
+        size = shape[dim]
+        if parts and size % parts:
+            raise ValueError(
+                f"unit_dim {unit_dim} cuts dimension {dim} of shape {tuple(shape)} into {parts}"
+                " parts, which are not equal"
+            )
+        if dim % len(shape) in found:
+            raise ValueError(f"unit_dim {unit_dim} names a dimension of {tuple(shape)} twice")
+        found[dim % len(shape)] = parts or size
+    if all(found.get(dim) == size for dim, size in enumerate(shape)):
         raise ValueError(
-            f"unit_dim {dim} is out of range for shape {tuple(shape)}, which takes {-len(shape)} to"
-            f" {len(shape) - 1}"
+            f"unit_dim {unit_dim} leaves no dimension of shape {tuple(shape)} to take norms over"
         )
-    return (dim % len(shape),)
+    return tuple(sorted(found.items()))
 
 
-def has_units(shape: torch.Size, unit_dim: int | None) -> bool:
-    """Whether ``unit_dim`` is in range for a shape."""
+def split_dims(unit_dim: UnitDim) -> list[tuple[int, int]]:
+    """The dimensions of a ``unit_dim``, each with the parts it is cut into, or 0.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    dims: Any = (0 if unit_dim is None else unit_dim,)
+    if isinstance(unit_dim, tuple):
+        dims = unit_dim
+    pairs = [dim if isinstance(dim, tuple) else (dim, 0) for dim in dims]
+    for pair in pairs:
+        if len(pair) != 2 or not all(type(number) is int for number in pair) or pair[1] < 0:
+            raise TypeError(dim_error(unit_dim))
+    if not pairs:
+        raise TypeError(dim_error(unit_dim))
+    return pairs
+
+
+def dim_error(unit_dim: Any) -> str:
+    """What is wrong with a ``unit_dim`` that is none."""
+    return (
+        f"unit_dim must be an int, a tuple of ints or (int, parts) pairs, 'tensor' or None, not the"
+        f" {type(unit_dim).__name__} {unit_dim!r}"
+    )
+
+
+def has_units(shape: torch.Size, unit_dim: UnitDim) -> bool:
+    """Whether ``unit_dim`` fits a shape."""
     try:
-        unit_dims(shape, unit_dim)
+        unit_axes(shape, unit_dim)
     except ValueError:
         return False
     return True
 
 
-def norm_dims(shape: torch.Size, unit_dim: int | None) -> tuple[int, ...]:
-    """The dimensions that a unit's norm is taken over.
+def count_units(shape: torch.Size, unit_dim: UnitDim) -> int:
+    """How many units a tensor has.
 
     Raises:
-        ValueError: ``unit_dim`` is out of range for ``shape``.
+        ValueError: ``unit_dim`` does not fit ``shape``.
     """
-    dims = unit_dims(shape, unit_dim)
-    return tuple(d for d in range(len(shape)) if d not in dims)
+    return math.prod(parts for _, parts in unit_axes(shape, unit_dim))
+
+
+@functools.lru_cache(maxsize=4096)
+def unfolded(shape: torch.Size, unit_dim: UnitDim) -> tuple[torch.Size, tuple[int, ...]]:
+    """A shape with dimensions that are cut into parts as two, and the dimensions of norms in it.
+
+    Raises:
+        ValueError: ``unit_dim`` does not fit ``shape``.
+    """
+    axes, sizes, dims = dict(unit_axes(shape, unit_dim)), list[int](), list[int]()
+    for dim, size in enumerate(shape):
+        parts = axes.get(dim)
+        if parts is not None:
+            sizes.append(parts)
+            if parts == size:
+                continue
+        dims.append(len(sizes))
+        sizes.append(size // (parts or 1))
+    return torch.Size(sizes), tuple(dims)
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
@@ -89,20 +154,32 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def unit_layout(shape: torch.Size, order: tuple[int, ...], unit_dim: int | None) -> UnitLayout:
+def unit_layout(shape: torch.Size, order: tuple[int, ...], unit_dim: UnitDim) -> UnitLayout | None:
     """How the units of a dense tensor of this shape and memory order lie in memory.
 
+    None where they lie in no such pattern, as when units alternate with others more than twice.
+
     Raises:
-        ValueError: ``unit_dim`` is out of range for ``shape``.
+        ValueError: ``unit_dim`` does not fit ``shape``.
     """
-    dims = unit_dims(shape, unit_dim)
-    if not dims:
-        return UnitLayout(1, 1, 1, math.prod(shape))
-    (dim,) = dims
-    at = order.index(dim)
-    return UnitLayout(
-        batch=1,
-        outer=math.prod(shape[d] for d in order[:at]),
-        units=shape[dim],
-        inner=math.prod(shape[d] for d in order[at + 1 :]),
-    )
+    axes = dict(unit_axes(shape, unit_dim))
+    # From slowest to fastest, neighbours of a kind as one: whether they index units, and sizes.
+    runs: list[tuple[bool, int]] = []
+    for dim in order:
+        parts = axes.get(dim, 1)
+        for units, size in ((True, parts), (False, shape[dim] // parts if parts else 0)):
+            if size == 1:
+                continue
+            if runs and runs[-1][0] == units:
+                size *= runs.pop()[1]
+            runs.append((units, size))
+    layout = []
+    for units in (True, False, True, False):
+        fits = bool(runs) and runs[0][0] == units
+        layout.append(runs.pop(0)[1] if fits else 1)
+    if runs:
+        return None
+    batch, outer, units_, inner = layout
+    if outer == 1 or units_ == 1:  # one row each
+        return UnitLayout(1, 1, batch * units_, outer * inner)
+    return UnitLayout(batch, outer, units_, inner)

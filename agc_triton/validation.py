@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from agc_triton.options import AGC_OPTIONS
 from agc_triton.rule import KernelRule
-from agc_triton.units import unit_dims
+from agc_triton.sharded import is_sharded
+from agc_triton.units import UnitDim, split_dims, unit_axes
 
 # What norms in fp32 can be compared with.
 LARGEST = torch.finfo(torch.float32).max
@@ -44,8 +45,11 @@ def check_options(options: Mapping[str, Any], index: int | None = None) -> None:
             f"Invalid agc_eps value: {agc_eps}{where}; it must be finite, >= 0 and at most"
             f" {LARGEST:.2g}"
         )
-    if unit_dim is not None and (isinstance(unit_dim, bool) or not isinstance(unit_dim, int)):
-        raise TypeError(f"unit_dim must be an int or None, not {type(unit_dim).__name__}{where}")
+    if unit_dim is not None and unit_dim != "tensor":
+        try:
+            split_dims(unit_dim)
+        except TypeError as error:
+            raise TypeError(f"{error}{where}") from None
 
 
 def check_group(group: Mapping[str, Any], index: int, *, units: bool) -> None:
@@ -63,7 +67,7 @@ def check_group(group: Mapping[str, Any], index: int, *, units: bool) -> None:
 
 
 def check_param(
-    param: Tensor, unit_dim: int | None, group: Mapping[str, Any], index: int, i: int
+    param: Tensor, unit_dim: UnitDim, group: Mapping[str, Any], index: int, i: int
 ) -> None:
     """Check that a parameter, the i-th of group ``index``, has units.
 
@@ -78,7 +82,7 @@ def check_param(
             " (FSDP2) or clipping=0"
         )
     try:
-        unit_dims(param.shape, unit_dim)
+        unit_axes(param.shape, unit_dim)
     except ValueError as error:
         raise ValueError(f"{error}: {tensor_name(group, index, i)}") from None
 
@@ -101,6 +105,8 @@ def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfin
                 f"{' without skip_unit' if nonfinite == 'skip_unit' else ''}"
             )
         check_grad(param, grad, group, index, i)
+        if is_sharded(param):
+            check_placements(param, grad, group, index, i)
 
 
 def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -110,6 +116,21 @@ def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int
         RuntimeError: dtype, device or shape differ.
     """
     _check_alike(param, grad, "the gradient's", "make them equal before step()", group, index, i)
+
+
+def check_placements(param: Any, grad: Any, group: Mapping[str, Any], index: int, i: int) -> None:
+    """Check that a DTensor's gradient is placed as it is.
+
+    Raises:
+        RuntimeError: it is a plain tensor, or placed otherwise; a sum over ranks may be missing.
+    """
+    placed = getattr(grad, "placements", None)
+    if placed != param.placements:
+        raise RuntimeError(
+            f"the gradient of {tensor_name(group, index, i)} is placed as {placed}, the parameter"
+            f" as {param.placements}; redistribute it: p.grad = p.grad.redistribute(placements="
+            "p.placements)"
+        )
 
 
 def check_in_place(grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:

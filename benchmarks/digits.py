@@ -1,11 +1,12 @@
 """Trains a small normalizer-free network on scikit-learn's digits with SGD and with SGD_AGC.
 
-    python -m benchmarks.digits [--seeds 3] [--epochs 30] [--out out/digits]
+    python -m benchmarks.digits [--seeds 3] [--epochs 30] [--device cpu] [--out out/digits]
 
 Both get the same learning rates, schedule, seeds and order of the data, at batch 512; only the
-clipping differs. Writes digits.csv, one row per epoch, and digits.png. The learning rates and the
-clipping were chosen by measurement to show where SGD breaks, on the images that accuracies are
-given for: the result is about stability, not about generalization.
+clipping differs. On a GPU SGD_AGC's steps run in its kernels. Writes digits.csv, one row per epoch,
+and digits.png. The learning rates and the clipping were chosen by measurement to show where SGD
+breaks, on the images that accuracies are given for: the result is about stability, not about
+generalization.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from agc_triton import SGD_AGC, param_groups
-from benchmarks.lib.arguments import check_folder, parser_of, positive
-from benchmarks.lib.machine import cpu_name
+from benchmarks.lib.arguments import add_device, check_folder, parser_of, positive
+from benchmarks.lib.machine import device_name
 from benchmarks.lib.nfnet import NFNet
+from benchmarks.lib.optimizers import backend
 
 BATCH = 512
 CLASSES = 10
@@ -55,7 +57,7 @@ LOSS_CAP = 10.0  # what the picture shows instead of greater losses
 
 
 class Digits(NamedTuple):
-    """1,437 images to train on and 360 to test on, (N, 1, 8, 8), standardized."""
+    """1,437 images to train on and 360 to test on, (N, 1, 8, 8), standardized, on one device."""
 
     train_images: Tensor
     test_images: Tensor
@@ -63,7 +65,7 @@ class Digits(NamedTuple):
     test_labels: Tensor
 
 
-def load_split() -> Digits:
+def load_split(on: torch.device) -> Digits:
     """Scikit-learn's bundled digits; the same split in every run."""
     images, labels = load_digits(return_X_y=True)
     train, test, *both_labels = train_test_split(
@@ -71,9 +73,10 @@ def load_split() -> Digits:
     )
     mean, std = train.mean(), train.std()
     standardized = [
-        torch.tensor((x - mean) / std, dtype=torch.float32).view(-1, 1, 8, 8) for x in (train, test)
+        torch.tensor((x - mean) / std, dtype=torch.float32, device=on).view(-1, 1, 8, 8)
+        for x in (train, test)
     ]
-    return Digits(*standardized, *(torch.tensor(y) for y in both_labels))
+    return Digits(*standardized, *(torch.tensor(y, device=on) for y in both_labels))
 
 
 def build_optimizer(name: str, net: nn.Module, lr: float) -> Optimizer:
@@ -97,14 +100,15 @@ def warmup_and_cosine(optimizer: Optimizer, epochs: int, steps_per_epoch: int) -
 def train(name: str, lr: float, seed: int, epochs: int, data: Digits) -> Iterator[dict[str, Any]]:
     """One run, epoch by epoch; it ends with the epoch in which a loss is not finite."""
     torch.manual_seed(seed)
-    net = NFNet(CLASSES)
+    on = data.train_images.device
+    net = NFNet(CLASSES).to(on)
     optimizer = build_optimizer(name, net, lr)
     count = len(data.train_images)
     scheduler = warmup_and_cosine(optimizer, epochs, math.ceil(count / BATCH))
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         total = 0.0
-        order = torch.randperm(count)
+        order = torch.randperm(count).to(on)  # of the CPU's generator, as the weights are
         for batch in (order[i : i + BATCH] for i in range(0, count, BATCH)):
             optimizer.zero_grad()
             loss = F.cross_entropy(net(data.train_images[batch]), data.train_labels[batch])
@@ -122,14 +126,15 @@ def train(name: str, lr: float, seed: int, epochs: int, data: Digits) -> Iterato
             "test_loss": test_loss,
             "test_accuracy": accuracy,
             "seconds": time.perf_counter() - start,
+            "backend": backend(optimizer),
         }
         if not math.isfinite(total + test_loss):
             return
 
 
-def train_all(seeds: int, epochs: int) -> pd.DataFrame:
+def train_all(seeds: int, epochs: int, on: torch.device) -> pd.DataFrame:
     """Every optimizer, learning rate and seed; ``diverged`` says whether the run broke."""
-    data = load_split()
+    data = load_split(on)
     runs = [(name, lr, seed) for lr in LRS for seed in range(seeds) for name in COLORS]
     tables = []
     with tqdm(total=len(runs) * epochs, unit="epoch", disable=None) as bar:
@@ -148,7 +153,10 @@ def train_all(seeds: int, epochs: int) -> pd.DataFrame:
             table.insert(3, "seed", seed)
             tables.append(table.assign(diverged=is_broken(table)))
     return pd.concat(tables, ignore_index=True).assign(
-        batch=BATCH, torch=torch.__version__, device=cpu_name(), threads=torch.get_num_threads()
+        batch=BATCH,
+        torch=torch.__version__,
+        device=device_name(on),
+        threads=torch.get_num_threads(),
     )
 
 
@@ -186,6 +194,13 @@ def verdict(summary: pd.DataFrame) -> str:
         reached = [f"{accuracy.loc[lr, name]:.1%}" for name in COLORS]
         sentences.append(f"At lr {lr:g}, where none broke: {_beside(reached)}.")
     return " ".join(sentences)
+
+
+def on_what(epochs: pd.DataFrame) -> str:
+    """Where the steps were made, and by what."""
+    last = epochs.drop_duplicates("optimizer", keep="last")
+    made = [f"{name}'s steps by {by}" for name, by in last[["optimizer", "backend"]].to_numpy()]
+    return f"On {last['device'].iloc[0]}: {', '.join(made)}."
 
 
 def _beside(values: Sequence[str]) -> str:
@@ -244,18 +259,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("digits", __doc__)
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--epochs", type=positive, default=30)
+    add_device(parser)
     parser.add_argument("--out", type=Path, default=Path("out", "digits"), help="folder")
     args = parser.parse_args(argv)
     check_folder(parser, args.out)
 
     torch.set_num_threads(THREADS)
-    epochs = train_all(args.seeds, args.epochs)
+    epochs = train_all(args.seeds, args.epochs, torch.device(args.device))
     csv, png = args.out / "digits.csv", args.out / "digits.png"
     epochs.to_csv(csv, index=False)
     plot(epochs, png)
     summary = summarize(epochs)
     print(summary.to_string(formatters={"median_test_accuracy": "{:.1%}".format}))
     print(verdict(summary))
+    print(on_what(epochs))
     print(f"written to {csv} and {png}")
 
 

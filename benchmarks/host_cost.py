@@ -118,7 +118,7 @@ def measure(tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
         FLOOR: build(AddressesOnly, tensors, groups, fused=True),
     }
     times = time_in_turns(optimizers, calls)
-    found = {key: quantiles(pd.Series(values), "us") for key, values in times.items()}
+    found = {key: quantiles(pd.Series(values), "median_us", "us") for key, values in times.items()}
     rows = []
     for kind, caches, name in product(KINDS, BLOCKS, optimizers):
         of_one, of_torch = found[name, kind, caches], found[THEIRS, kind, caches]

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, routing
 from agc_triton.triton_path.buckets import BucketPlan, TensorUnits, plan_buckets
+from agc_triton.triton_path.launch_group import kernel_layout
 from agc_triton.triton_path.launches import Kernel
-from agc_triton.units import memory_order, unit_layout
 from benchmarks.lib.arguments import check_file, parser_of
 from benchmarks.lib.compiled import (
     MAX_WARPS_PER_SM,
@@ -73,9 +73,7 @@ def plan_model(model: str, dtype: torch.dtype, states: int, groups: int = 1) -> 
     tensors = []
     for i, shape in enumerate(load_shapes(model)):
         tensor = torch.empty(shape, device="meta")
-        order = memory_order(tensor)
-        assert order is not None
-        tensors.append(TensorUnits(unit_layout(tensor.shape, order, None), True, i % groups))
+        tensors.append(TensorUnits(kernel_layout(tensor, None), True, i % groups))
     return plan_buckets(tensors, dtype.itemsize, states)
 
 

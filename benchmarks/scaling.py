@@ -33,7 +33,7 @@ from benchmarks.lib.optimizers import LR, OPTIMIZERS
 from benchmarks.lib.providers import Provider, providers
 from benchmarks.lib.rows import COLUMNS, summarize, write
 from benchmarks.lib.timing import Step
-from benchmarks.lib.workloads import on_device, workload_of
+from benchmarks.lib.workloads import workload_of
 
 THREADS = 2
 DTYPE = torch.float32
@@ -53,7 +53,7 @@ RATIOS = [
 ]
 SHOWN = [
     *("axis", "implementation", "parameters", "tensors", "unit_length", "groups"),
-    *("median_ms", "gb_per_s", "share_of_copy_bandwidth", *RATIOS),
+    *("device_ms", "gb_per_s", "share_of_copy_bandwidth", *RATIOS),
 ]
 
 
@@ -131,9 +131,8 @@ def time_case(case: Case, optimizer: str, device: torch.device) -> pd.DataFrame:
     """Steps on matrices made for it: no two of the large cases fit in memory together."""
     gc.collect()  # a process' first steps leave cycles that hold parameters
     shape = (case.elements // case.tensors // case.unit_length, case.unit_length)
-    workload = workload_of("equal matrices", [shape] * case.tensors, DTYPE)
-    beside = compared(optimizer, device, case.groups)
-    return time_steps(optimizer, beside, on_device(workload, device), ROUNDS)
+    workload = workload_of("equal matrices", [shape] * case.tensors, DTYPE, device=device)
+    return time_steps(optimizer, compared(optimizer, device, case.groups), workload, ROUNDS)
 
 
 def tabulate(lines: dict[str, list[Case]], found: dict[Case, pd.DataFrame]) -> pd.DataFrame:
@@ -154,8 +153,8 @@ def with_ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_line(line: pd.DataFrame) -> pd.DataFrame:
-    ns = 1e6 * line["median_ms"] / line["parameters"]
-    of_each_more = growth.of_each_more(1e3 * line["median_ms"], counts(line))
+    ns = 1e6 * line["device_ms"] / line["parameters"]
+    of_each_more = growth.of_each_more(1e3 * line["device_ms"], counts(line))
     more = str(line["axis"].iloc[0]) in MORE
     return line.assign(
         ns_per_element=ns,

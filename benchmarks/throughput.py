@@ -3,6 +3,10 @@
 python -m benchmarks.throughput              NFNet-F0 on a CPU, all thirteen models on a GPU
 python -m benchmarks.throughput --quick      NFNet-F0, SGD and AdamW, the most telling ones
 python -m benchmarks.throughput --resume     goes on where a run was ended
+
+On a GPU device_ms is what the device is busy for, with the step issued ahead of it; host_ms what
+the call takes; alone_ms the time from an idle device until the step is done. All ratios are of
+device_ms. On a CPU the three are one.
 """
 
 from __future__ import annotations
@@ -19,23 +23,28 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.lib import plots
-from benchmarks.lib.arguments import check_file, device, parser_of, positive
+from benchmarks.lib.arguments import add_device, check_file, parser_of, positive
 from benchmarks.lib.copying import copy_provider
 from benchmarks.lib.machine import device_name
 from benchmarks.lib.measure import Rounds, measure
 from benchmarks.lib.memory_limits import bytes_needed, why_not
 from benchmarks.lib.optimizers import OPTIMIZERS
-from benchmarks.lib.providers import Provider, providers
+from benchmarks.lib.patience import Patience
+from benchmarks.lib.providers import ALGORITHMS, Provider, providers
 from benchmarks.lib.rows import COLUMNS, write
 from benchmarks.lib.versions import triton_version
-from benchmarks.lib.workloads import Workload, load_shapes, model_names, on_device, random_workload
+from benchmarks.lib.workloads import Workload, load_shapes, model_names, random_workload
 
 MODEL = "dm_nfnet_f0"
 THREADS = 2
+# Seconds to compile an implementation, and for all of a run, so that it ends within 15 minutes.
+COMPILE_EACH, COMPILE_ALL = 180, 300
+COMPILED = ("sgd", "adamw")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHOWN = [
-    *("model", "optimizer", "dtype", "implementation", "median_ms", "p20_ms", "p80_ms", "gb_per_s"),
-    *("share_of_copy_bandwidth", "ratio_to_unclipped", "ratio_to_best_peer", "launches"),
+    *("model", "optimizer", "dtype", "implementation", "device_ms", "p20_ms", "p80_ms", "host_ms"),
+    *("alone_ms", "gb_per_s", "share_of_copy_bandwidth", "ratio_to_unclipped"),
+    *("ratio_to_best_peer", "launches"),
 ]
 
 
@@ -54,15 +63,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=models, help=f"default: {MODEL} on a CPU")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument(
-        "--device", type=device, choices=["cpu", "cuda"], help="default: cuda where there is one"
-    )
+    add_device(parser)
     parser.add_argument(
         "--threads", type=positive, default=THREADS, help="on a CPU; default: %(default)s"
     )
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile too, as in whole runs on a GPU"
+        "--compile",
+        action="store_true",
+        help="torch.compile everywhere and however long it takes; without it, whole runs on a GPU"
+        f" compile for {MODEL} with SGD and AdamW, three minutes at most each",
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out has")
     parser.add_argument("--plot", action="store_true", help="a picture per model and dtype")
@@ -72,8 +82,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.earlier = pd.DataFrame(columns=COLUMNS)
     if args.resume and args.out.exists():
         args.earlier = earlier_rows(args.out, parser)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     everything = args.device == "cuda" and not args.quick
+    # The others of a whole run on a GPU are measured as with --quick.
+    args.whole = args.models or [MODEL]
     args.models = args.models or (models if everything else [MODEL])
     args.optimizers = args.optimizers or (["sgd", "adamw"] if args.quick else list(OPTIMIZERS))
     args.dtypes = args.dtypes or (["fp32"] if args.quick else list(DTYPES))
@@ -86,15 +97,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     on = torch.device(args.device)
     # SGD's second step is compiled anew.
-    rounds = Rounds(warmup=2, timed=5 if args.quick else 12)
+    rounds = Rounds(warmup=2, timed=timed_rounds(args))
+    patience = Patience(COMPILE_EACH, COMPILE_ALL)
     table, kept = args.earlier, 0
     workload: Workload | None = None
     for group in tqdm(list(groups(args)), desc="throughput", unit="group", disable=None):
-        dtype = DTYPES[group.dtype]
-        compiled = args.compile or (args.device == "cuda" and not args.quick)
-        compared = [*providers(group.optimizer, args.device, dtype, compiled)]
-        compared = [p for p in compared if p.quick or not args.quick]
-        compared.append(copy_provider(group.optimizer))
+        compared = compared_in(group, args, patience)
         same = belongs(table, group, on)
         if is_measured(table[same], compared):
             kept += 1
@@ -105,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if reason := why_not(needed(group, compared, workload), on):
             tqdm.write(f"{' '.join(group)} is left out: {reason}")
             continue
-        workload = workload or on_device(random_workload(group.model, dtype), on)
+        workload = workload or random_workload(group.model, DTYPES[group.dtype], device=on)
         try:
             rows = measure(group.optimizer, compared, workload, rounds)
         except torch.OutOfMemoryError as error:
@@ -125,14 +133,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"drawn in {path}")
 
 
+def timed_rounds(args: argparse.Namespace) -> int:
+    """Rounds that are timed: on a GPU they cost little."""
+    if args.device == "cuda":
+        return 10
+    return 5 if args.quick else 12
+
+
+def compared_in(group: Group, args: argparse.Namespace, patience: Patience) -> list[Provider]:
+    """What takes turns in a group."""
+    quick = args.quick or group.model not in args.whole
+    worth_it = group.model == MODEL and group.optimizer in COMPILED
+    compiled: Sequence[str] = ()
+    if args.compile:
+        compiled = ALGORITHMS
+    elif args.device == "cuda" and worth_it and not quick:
+        compiled = ALGORITHMS[:1]
+    limit = None if args.compile else patience
+    dtype = DTYPES[group.dtype]
+    known = providers(group.optimizer, args.device, dtype, compiled, limit)
+    return [*(p for p in known if p.quick or not quick), copy_provider(group.optimizer)]
+
+
 def verdict(rows: pd.DataFrame) -> str:
     """The fastest of ours beside the fastest peer and the unclipped step, in words."""
-    roles = (rows[rows["role"] == role].nsmallest(1, "median_ms") for role in ("ours", "peer"))
+    roles = (rows[rows["role"] == role].nsmallest(1, "device_ms") for role in ("ours", "peer"))
     ours, peer = (fastest.iloc[0] for fastest in roles)
     return (
         f"{ours['model']} {ours['optimizer']} {ours['dtype']}: {ours['implementation']} takes"
-        f" {ours['median_ms']:.3g} ms a step, {ours['ratio_to_best_peer']:.2f} times as fast as"
-        f" {peer['implementation']} ({peer['median_ms']:.3g} ms),"
+        f" {ours['device_ms']:.3g} ms a step, {ours['ratio_to_best_peer']:.2f} times as fast as"
+        f" {peer['implementation']} ({peer['device_ms']:.3g} ms),"
         f" {ours['ratio_to_unclipped']:.2f} times the unclipped step;"
         f" peak extra memory {ours['peak_extra_share']:.1%} of the parameters"
     )
@@ -171,12 +201,16 @@ def earlier_rows(path: Path, parser: argparse.ArgumentParser) -> pd.DataFrame:
 
 
 def is_measured(rows: pd.DataFrame, compared: Sequence[Provider]) -> bool:
-    """Whether a group has a row of every implementation, in the versions that are here now."""
+    """Whether a group has a row of every implementation, in the versions that are here now.
+
+    What takes too long to compile may be missing: it would be again.
+    """
     same = (rows["torch"] == torch.__version__) & (rows["triton"] == triton_version())
     found = dict(zip(rows["implementation"], rows["version"], strict=True))
     return (
         bool(same.all())
-        and {p.implementation: p.version for p in compared}.items() <= found.items()
+        and {p.implementation: p.version for p in compared if not p.patience}.items()
+        <= found.items()
     )
 
 

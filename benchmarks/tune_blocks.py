@@ -30,7 +30,7 @@ DEFAULT = ("sgd", "adamw", "rmsprop")  # Adam differs from AdamW in its decay on
 THREADS = 2
 BLOCKS = [1 << 17, 1 << 18, 1 << 19, 3 << 18, 1 << 20, 3 << 19, 1 << 21]
 SHOWN = [
-    *("optimizer", "implementation", "median_ms", "p20_ms", "p80_ms"),
+    *("optimizer", "implementation", "device_ms", "p20_ms", "p80_ms"),
     *("ratio_to_unclipped", "peak_extra_share", "share_of_units_clipped"),
 ]
 
@@ -85,9 +85,9 @@ def with_block(provider: Provider, block: int) -> Provider:
 
 def verdict(rows: pd.DataFrame) -> str:
     """The fastest size, and the one that is in use."""
-    best: pd.Series[Any] = rows[rows["role"] == "ours"].nsmallest(1, "median_ms").iloc[0]
+    best: pd.Series[Any] = rows[rows["role"] == "ours"].nsmallest(1, "device_ms").iloc[0]
     return (
-        f"fastest with BLOCK = {best['block']} ({best['median_ms']:.0f} ms);"
+        f"fastest with BLOCK = {best['block']} ({best['device_ms']:.0f} ms);"
         f" blocks.py has {blocks.BLOCK}"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,12 +10,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from agc_triton.torch_path import blocks
-from agc_triton.triton_path.tables import Tables
+from tests.support.interpreter import interpret_without_gpu
 
-# Read when agc_triton.kernels is imported: without a GPU its kernels run on CPU tensors.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+interpret_without_gpu()  # before anything that imports agc_triton.kernels
 
 # torch's fused kernels wake all threads for tensors of any size, which takes longer than the work.
 torch.set_num_threads(1)
@@ -25,9 +22,39 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``place``: wherever steps can run here; ``torch_place``: those on the torch path."""
+    from tests.support.places import PLACES, TORCH_PLACES, label
+
+    for name, places in (("place", PLACES), ("torch_place", TORCH_PLACES)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, places, ids=label)
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process() -> Iterator[None]:
+    """Warnings are given again, and a GPU is not left refusing to be waited for."""
+    yield
+    from agc_triton import routing
+
+    routing._warn_once.cache_clear()
+    if torch.cuda.is_available() and torch.cuda.get_sync_debug_mode():
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before, and nothing kept."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each upload of tables to the device from now on, whether it was captured."""
+    from agc_triton.triton_path.tables import Tables
+
     found: list[bool] = []
     upload = Tables.upload
 
@@ -54,8 +81,24 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
-@pytest.fixture(params=["joined", "alone"])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``either_block`` is for what goes through blocks; these modes do not."""
+
+    def goes_through_blocks(item: Any) -> bool:
+        given = item.callspec.params
+        options = {given.get("mode"): True, **(given.get("options") or {})}
+        return not (options.get("foreach") or options.get("differentiable"))
+
+    def is_alone(item: Any) -> bool:
+        return hasattr(item, "callspec") and item.callspec.params.get("either_block") == "alone"
+
+    items[:] = [item for item in items if not is_alone(item) or goes_through_blocks(item)]
+
+
+@pytest.fixture(params=["packed", "alone"])
 def either_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The torch path's two kinds of blocks: small tensors are joined, or each has its own."""
+    """The torch path's two kinds of blocks: small tensors are packed, or each has its own."""
     if request.param == "alone":
+        from agc_triton.torch_path import blocks
+
         monkeypatch.setattr(blocks, "PACKED", 0)

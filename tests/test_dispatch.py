@@ -17,8 +17,10 @@ from torch.nn import Parameter
 
 from agc_triton import SGD_AGC, AdamW_AGC, RMSprop_AGC, adaptive_clip_grad_, routing
 from agc_triton.snapshot import Cached
-from tests.support.helpers import OURS, nothing_changes, same
-from tests.support.triton_cases import DEVICE, make_grad, make_weight
+from tests.support.checks import nothing_changes
+from tests.support.optimizers import OURS
+from tests.support.places import DEVICE
+from tests.support.tensors import grad_like, same, weight
 
 every_class = pytest.mark.parametrize("cls", OURS)
 
@@ -34,8 +36,8 @@ def fresh() -> Iterator[None]:
 
 
 def make_param(device: str = DEVICE) -> Tensor:
-    param = make_weight((3, 20)).float().to(device)
-    param.grad = make_grad((3, 20)).float().to(device)
+    param = weight((3, 20), device=device)
+    param.grad = grad_like(param)
     return param
 
 
@@ -47,7 +49,7 @@ class OnGpu(Tensor):
 
 def on_gpu() -> Tensor:
     param: Tensor = make_param("cpu").as_subclass(OnGpu)
-    param.grad = make_grad((3, 20)).float().as_subclass(OnGpu)
+    param.grad = grad_like(param).as_subclass(OnGpu)
     return param
 
 
@@ -172,13 +174,13 @@ def test_kernels_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def with_sparse_grad() -> Tensor:
-    param = make_weight((3, 20)).float().to(DEVICE)
+    param = weight((3, 20), device=DEVICE)
     param.grad = torch.eye(3, 20, device=DEVICE).to_sparse()
     return param
 
 
 def with_gaps() -> Tensor:
-    param = make_weight((3, 20)).float().to(DEVICE)[:, ::2]
+    param = weight((3, 20), device=DEVICE)[:, ::2]
     param.grad = torch.ones_like(param)
     return param
 
@@ -292,7 +294,7 @@ def test_a_plan_that_does_not_fit_is_never_launched() -> None:
 
 
 def test_nothing_to_do() -> None:
-    optimizer = AdamW_AGC([Parameter(make_weight((3, 20)).float().to(DEVICE))], backend="triton")
+    optimizer = AdamW_AGC([Parameter(weight((3, 20), device=DEVICE))], backend="triton")
     optimizer.step()
     assert not optimizer.state
     adaptive_clip_grad_([], backend="triton")

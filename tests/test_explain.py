@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from agc_triton import SGD_AGC
-from tests.support.cases import NAMES, STATEFUL, Kwargs, build, in_order
-from tests.support.triton_cases import DEVICE, TRITON, bucket_plans, make_grad, make_weight
-from tests.support.triton_training import unaligned
+from tests.support.optimizers import NAMES, STATEFUL, TRITON, Kwargs, build
+from tests.support.places import DEVICE
+from tests.support.plans import bucket_plans
+from tests.support.tensors import grad_like, in_order, unaligned, weight
 
 SHAPES = ((3, 20), (7, 1, 1, 1), (2, 700), (1, 2, 10_245))
 SUMS = ["tensors", "units", "elements", "bytes", "launches"]
@@ -22,9 +23,9 @@ STATES = {"SGD": 1, "Adam": 3, "AdamW": 3, "RMSprop": 3}
 
 
 def make_params(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    params = [make_weight(s, seed=i).to(DEVICE, dtype) for i, s in enumerate(SHAPES)]
+    params = [weight(s, dtype, DEVICE, seed=i) for i, s in enumerate(SHAPES)]
     for i, p in enumerate(params):
-        p.grad = make_grad(p.shape, seed=i).to(DEVICE, dtype)
+        p.grad = grad_like(p, i)
     return params
 
 
@@ -75,13 +76,13 @@ def test_each_dtype_and_set_of_flags_has_launches_of_its_own() -> None:
 
 
 CLASSES: dict[str, tuple[Tensor, Kwargs]] = {
-    "rows": (make_weight((3, 20)).float(), {}),
-    "registers": (make_weight((2, 700)).float(), {}),
-    "split": (make_weight((2, 20_484)).float(), {}),
-    "rows unaligned": (make_weight((3, 21)).float(), {}),
-    "registers unaligned": (unaligned(make_weight((2, 700)).float()), {}),
-    "rows strided": (make_weight((3, 4, 2)).float(), {"unit_dim": 1}),
-    "registers strided": (in_order(make_weight((2, 350, 2)).float(), (1, 0, 2)), {}),
+    "rows": (weight((3, 20)), {}),
+    "registers": (weight((2, 700)), {}),
+    "split": (weight((2, 20_484)), {}),
+    "rows unaligned": (weight((3, 21)), {}),
+    "registers unaligned": (unaligned(weight((2, 700))), {}),
+    "rows strided": (weight((3, 4, 2)), {"unit_dim": 1}),
+    "registers strided": (in_order(weight((2, 350, 2)), (1, 0, 2)), {}),
 }
 
 

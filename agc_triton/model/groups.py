@@ -14,8 +14,7 @@ from agc_triton.model.given import Given, read_groups
 from agc_triton.model.head import Inputs, find_head
 from agc_triton.model.layers import decays, names_not_decayed, unit_dim_of
 from agc_triton.model.selection import Selector, select, within
-
-UnitDim = int | tuple[int, ...] | str | None
+from agc_triton.units import UnitDim
 
 
 def param_groups(
@@ -34,11 +33,12 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model, ready for any optimizer of this package or `AGC` around another.
 
-    ``unit_dim`` follows the layer type: 1 for ConvTransposeNd, which stores (in, out/groups, ...),
-    unless it is depthwise, and for transformers' Conv1D; 0 for all others. Biases, gains, scalars,
-    norms and what the model's own ``no_weight_decay()`` names, in timm, are not decayed. Shared
-    parameters appear once, frozen ones not at all. Names are those of the model inside
-    DistributedDataParallel and torch.compile; what `fully_shard` has gathered is sharded again.
+    ``unit_dim`` follows the layer type: 1 for ConvTransposeNd, which stores (in, out, ...), and
+    ((0, groups), 1) where it has groups, unless it is depthwise; 1 for transformers' Conv1D; 0 for
+    all others. Biases, gains, scalars, norms and what the model's own ``no_weight_decay()`` names,
+    in timm, are not decayed. Shared parameters appear once, frozen ones not at all. Names are those
+    of the model inside DistributedDataParallel and torch.compile; what `fully_shard` has gathered
+    is sharded again.
 
     Args:
         model: any module; its parameters must be initialized.

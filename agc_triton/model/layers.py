@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from agc_triton.model.entries import Entry, named_chains
+from agc_triton.units import UnitDim
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WITH_WEIGHTS = (
@@ -24,13 +25,15 @@ _CONV1D = re.compile(r"^Conv1D$")
 _NAMED_FOR_NORM = re.compile(r"norm(\dd)?$", re.IGNORECASE)
 
 
-def unit_dim_of(entry: Entry) -> int | None:
+def unit_dim_of(entry: Entry) -> UnitDim:
     """By layer type; None for the default."""
     layer = entry.layer
     if _is_one_unit(entry) or not _is_weight(entry):
         return None
     if isinstance(layer, _ConvTransposeNd):
-        return None if layer.groups == layer.in_channels == layer.out_channels else 1
+        if layer.groups == layer.in_channels == layer.out_channels:
+            return None
+        return 1 if layer.groups == 1 else ((0, layer.groups), 1)
     return 1 if _is_transformers_conv1d(layer) else None
 
 

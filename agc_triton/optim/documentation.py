@@ -9,8 +9,11 @@ AGC_DOC = """
         params: as in torch.optim; groups may set ``clipping``, ``agc_eps`` and ``unit_dim``.
         clipping: limit as a fraction of the unit's weight norm; 0 or None for no clipping at all.
         agc_eps: the least weight norm assumed, so that zero-initialized units can train.
-        unit_dim: dimension that indexes units; None for 0, as Linear, Conv and Embedding need.
-            Tensors of squeezed rank <= 1 are one unit whatever it says.
+        unit_dim: dimension that indexes units, or a tuple of several, as stacked experts have
+            ((0, 1) where they are stored (experts, out, in)); None for 0, as Linear, Conv and
+            Embedding need. In a tuple ``(dim, parts)`` cuts a dimension into equal parts, each of
+            units of its own: ((0, groups), 1) for a ConvTranspose with groups. "tensor" makes each
+            tensor one unit. Tensors of squeezed rank <= 1 are one unit whatever it says.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         nonfinite: what a gradient with NaN or inf does. ``"propagate"``: NaN goes into the weights
             as in torch.optim, its unit unclipped; inf does as NaN, and the rest of its unit gets

@@ -17,6 +17,7 @@ from agc_triton.optim.groups import check_keys, name_unnamed
 from agc_triton.options import AGC_OPTIONS
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
 from agc_triton.rule import Batches, Rule, Work
+from agc_triton.units import UnitDim
 from agc_triton.validation import check_group, check_loaded
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class AGCOptimizer(Optimizer):
         *args: Any,
         clipping: float | None = CLIPPING,
         agc_eps: float = AGC_EPS,
-        unit_dim: int | None = None,
+        unit_dim: UnitDim = None,
         backend: str = "auto",
         nonfinite: str = "propagate",
         **kwargs: Any,

@@ -13,6 +13,7 @@ from agc_triton.dispatch import Clipper
 from agc_triton.optim.groups import check_keys, name_unnamed
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer
 from agc_triton.options import AGC_OPTIONS
+from agc_triton.units import UnitDim
 from agc_triton.validation import check_group
 
 
@@ -41,7 +42,7 @@ class AGC(Optimizer):
         optimizer: Optimizer,
         clipping: float | None = CLIPPING,
         agc_eps: float = AGC_EPS,
-        unit_dim: int | None = None,
+        unit_dim: UnitDim = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"AGC wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from agc_triton.rule import TensorLists
-from agc_triton.units import PLAIN, UnitLayout, memory_order, unit_layout
+from agc_triton.units import PLAIN, UnitDim, UnitLayout, memory_order, unit_layout
 
 # By their index.
 Tensors = Sequence[Tensor] | Mapping[int, Tensor]
@@ -46,7 +46,7 @@ class DenseView(NamedTuple):
         return (1, 3) if self.strided else tuple(range(1, dims))
 
 
-def dense_view(param: Tensor, states: Sequence[Tensor], unit_dim: int | None) -> DenseView | None:
+def dense_view(param: Tensor, states: Sequence[Tensor], unit_dim: UnitDim) -> DenseView | None:
     """How a parameter and its states can be walked in step, or None where they cannot be.
 
     They must be plain dense CPU memory, not empty: no subclass, nothing complex, no lazy bits.
@@ -64,6 +64,8 @@ def dense_view(param: Tensor, states: Sequence[Tensor], unit_dim: int | None) ->
             return None
     permutation = None if param.is_contiguous() else order
     layout = unit_layout(param.shape, order, unit_dim)
+    if layout is None:
+        return None
     first = layout.outer == 1 and param.shape[:1] == (layout.units,)
     return DenseView(permutation, layout, permutation is None and (layout.units == 1 or first))
 

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from agc_triton.nonfinite import SavedUnits, update_others
-from agc_triton.norms import ONE, Clip, clip_factors, unit_norms
+from agc_triton.norms import ONE, Clip, clip_factors, spread, unit_norms
 from agc_triton.rule import Rule, TensorLists, Update, pick
 from agc_triton.torch_path.blocks import Block, blocks, largest_room
 from agc_triton.torch_path.plan import BlockList, BlockPlan
 from agc_triton.torch_path.scratch import Scratch
 from agc_triton.torch_path.slices import DenseView, Tensors, dense_view
-from agc_triton.units import norm_dims
 from agc_triton.versions import count_writes
 
 
@@ -183,7 +182,8 @@ def _step_whole(
     for param, given in zip(lists.params, lists.grads, strict=True):
         grad = given if grad_scale is None else given / grad_scale.to(given.device)
         if skipped is not None:
-            bad.append(skipped.find(unit_norms(grad, norm_dims(param.shape, clip.unit_dim))))
+            found = skipped.find(unit_norms(grad, clip.unit_dim))
+            bad.append(spread(found, param.shape, clip.unit_dim))
             # Without NaN there is none in what autograd makes of the update either.
             grad = grad.masked_fill(bad[-1], 0.0)
         # Autograd needs the weights that the norm was taken of, which the update overwrites.
@@ -198,5 +198,5 @@ def _step_whole(
 
 def _tensor_factors(param: Tensor, grad: Tensor, clip: Clip) -> Tensor:
     """Factors that broadcast against ``grad``, from any strides."""
-    dims = norm_dims(param.shape, clip.unit_dim)
-    return clip_factors(unit_norms(param, dims), unit_norms(grad, dims), clip)
+    norms = unit_norms(param, clip.unit_dim), unit_norms(grad, clip.unit_dim)
+    return spread(clip_factors(*norms, clip), param.shape, clip.unit_dim)

@@ -18,11 +18,12 @@ from torch import Tensor
 from agc_triton.kernels import abi
 from agc_triton.norms import Clip
 from agc_triton.rule import KernelRule, number
+from agc_triton.sharded import is_sharded, local
 from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
 from agc_triton.triton_path.gradients import Gradients
 from agc_triton.triton_path.launches import Kernel, StepLauncher
 from agc_triton.triton_path.tables import Tables
-from agc_triton.units import UnitLayout, memory_order, unit_layout
+from agc_triton.units import UnitDim, UnitLayout, memory_order, unit_layout
 from agc_triton.validation import check_options
 
 # A change of one of these asks for another plan, not for another value in the tables.
@@ -33,7 +34,7 @@ ACCESS = 16
 
 
 class Member(NamedTuple):
-    """One parameter of a plan.
+    """One parameter of a plan, or the DTensor whose local tensor is one; states are local.
 
     ``layout`` is that of its real elements, ``group`` its group's index; scalars and states are in
     the rule's order.
@@ -97,16 +98,17 @@ class LaunchGroup:
         skipped: Tensor | None,
         captured: list[Any],
     ) -> None:
-        params, options = [m.param for m in members], groups[members[0].group]
+        owners, options = [m.param for m in members], groups[members[0].group]
+        params = list(map(local, owners))
         n_states, dtype = len(members[0].states), params[0].dtype.to_real()
         self.rule, self.device = rule, params[0].device
         # A captured graph goes on to count where they lie.
         self._scalars = [m.scalars for m in members]
         self._captured, self._frozen = captured, False
-        self._grads = Gradients(params)
+        self._grads = Gradients(params, sharded=any(map(is_sharded, owners)))
         tensors = [params, *zip(*(m.scalars + m.states for m in members), strict=True)]
         addresses = [list(map(Tensor.data_ptr, role)) for role in tensors]
-        grads = self._grads.read(params)
+        grads = self._grads.read(owners)
         if grads is None:
             raise AssertionError("gradients that were checked do not fit; please report this")
         first_state = abi.SCALARS + rule.n_scalars
@@ -243,9 +245,10 @@ class LaunchGroup:
         return value.data_ptr()
 
 
-def kernel_layout(param: Tensor, unit_dim: int | None) -> UnitLayout:
+def kernel_layout(param: Tensor, unit_dim: UnitDim) -> UnitLayout:
     """A dense parameter's layout in real elements: a complex one is two."""
     order = memory_order(param)
     assert order is not None
     layout = unit_layout(param.shape, order, unit_dim)
+    assert layout is not None
     return layout._replace(inner=2 * layout.inner) if param.is_complex() else layout

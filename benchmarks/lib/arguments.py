@@ -32,6 +32,17 @@ def device(text: str) -> str:
     return text
 
 
+def add_device(parser: ArgumentParser) -> None:
+    """``--device``, by default a GPU where there is one."""
+    parser.add_argument(
+        "--device",
+        type=device,
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where there is one",
+    )
+
+
 def check_file(parser: ArgumentParser, out: Path) -> None:
     """Make the folder of a file that will be written; a message where that cannot be."""
     if out.is_dir():

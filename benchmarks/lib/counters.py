@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile
 from torch.profiler import DeviceType, ProfilerActivity
 
@@ -88,7 +88,20 @@ def _bytes_held(step: Step) -> list[int]:
     # torch.profiler would do as well, but spends seconds on importing torch._inductor.
     with profile(profile_memory=True) as profiled:
         step()
-    events = [e for e in profiled.kineto_results.events() if e.name() == "[memory]"]
-    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    # Freeing what lies where something was once seen to be allocated counts too: never below 0.
-    return list(accumulate(changes, lambda held, change: max(0, held + change), initial=0))
+    events = _with_children(profiled.kineto_results.experimental_event_tree())
+    blocks = [e for e in events if e.tag == _EventType.Allocation]
+    live: dict[int, int] = {}
+    held = [0]
+    for block in sorted(blocks, key=lambda e: e.start_time_ns):
+        address, size = block.extra_fields.ptr, block.extra_fields.alloc_size
+        if size > 0:
+            live[address] = size
+        # Torch may know the size of a block from an earlier profile of another at its address.
+        held.append(held[-1] + (size if size > 0 else -live.pop(address, 0)))
+    return held
+
+
+def _with_children(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _with_children(event.children)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -11,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 from agc_triton import unitwise_norm
-from benchmarks.lib.counters import count_launches, left_bytes, peak_extra_bytes
+from benchmarks.lib.counters import count_launches, left_bytes, new_grads, peak_extra_bytes
 from benchmarks.lib.machine import device_name, timestamp
 from benchmarks.lib.optimizers import OPTIMIZERS, minimal_bytes, state_bytes
+from benchmarks.lib.patience import TooLong, stop_compilers
 from benchmarks.lib.providers import Provider
 from benchmarks.lib.rotation import Rotation, cache_bytes, sets_needed
 from benchmarks.lib.rows import summarize
@@ -47,18 +49,22 @@ def time_steps(
     The providers take turns in every round, in a new order each time, so that whatever else the
     machine does hits all alike. Each has its own state; parameters and gradients lie in the same
     memory for all, and the gradients are written anew before every step, which also leaves the
-    same CPU caches to each. On a GPU there are several sets of them (benchmarks/rotation.py).
+    same CPU caches to each. On a GPU there are several sets of them (benchmarks/lib/rotation.py).
+    A provider whose compiler takes too long is left out with a message.
     """
     device = workload.params[0].device
     size = sum(p.numel() * p.element_size() for p in workload.params)
     sets = sets_needed(set_bytes(optimizer, size), cache_bytes(device))
     settle_allocator()
     rotation = Rotation(providers, workload, sets)
-    kept = [_kept_extra_bytes(rotation, i, optimizer) for i in range(len(providers))]
+    kept = _first_steps(rotation, providers, optimizer)
+    rotation.keep(list(kept))
+    providers = [providers[i] for i in kept]
     times = _time_in_turns(rotation, device, rounds, optimizer)
     common = _common_columns(optimizer, workload)
     rows: list[dict[str, Any]] = []
-    for i, (provider, of_step) in enumerate(zip(providers, times, strict=True)):
+    found = zip(providers, times, kept.values(), strict=True)
+    for i, (provider, of_step, left) in enumerate(found):
         params, step = rotation.params[i][0], rotation.steps[i][0]
         rotation.restore(0)
         peak = peak_extra_bytes(step, device)
@@ -72,7 +78,7 @@ def time_steps(
             "launches": count_launches(step, params, device),
             "peak_extra_bytes": peak,
             "peak_extra_share": peak / size,
-            "kept_extra_bytes": None if provider.role == "copy" else kept[i],
+            "kept_extra_bytes": None if provider.role == "copy" else left,
         }
         rows += [{**of_provider, **one._asdict()} for one in of_step]
     return pd.DataFrame(rows)
@@ -107,10 +113,43 @@ def _time_in_turns(
     turns = [turn for n in range(warm_ups) for turn in one_round(n % rotation.count)]
     turns += [turn for _ in range(rounds.timed) for turn in one_round(None)]
     times: list[list[Times]] = [[] for _ in indices]
-    time_one = timer(device)
+    timers = [timer(device) for _ in indices]
     for i, at in tqdm(turns, desc=title, unit="step", disable=None, leave=False):
-        times[i].append(time_one(*rotation.turn(i, at)))
-    return [of_step[warm_ups:] for of_step in times]
+        if at is None:
+            times[i].append(timers[i](partial(rotation.turn, i)))
+        else:
+            timers[i].warm_up(*rotation.turn(i, at))
+    return times
+
+
+def _first_steps(
+    rotation: Rotation, providers: Sequence[Provider], optimizer: str
+) -> dict[int, int]:
+    """What each provider's first step keeps, by its number; without those that take too long."""
+    kept = {}
+    for i, provider in enumerate(providers):
+        if provider.patience is None:
+            kept[i] = _kept_extra_bytes(rotation, i, optimizer)
+            continue
+        try:
+            with provider.patience.limit():
+                extra = _kept_extra_bytes(rotation, i, optimizer)
+                _compile(rotation, i)
+            kept[i] = extra
+        except TooLong:
+            stop_compilers()
+            tqdm.write(f"{optimizer}, {provider.implementation}: left out, it compiles too long")
+    return kept
+
+
+def _compile(rotation: Rotation, provider: int) -> None:
+    """Steps on each set: the second, of SGD, and one with other gradients may be compiled anew."""
+    for at, step in enumerate(rotation.steps[provider]):
+        for _ in range(2):
+            step()
+            rotation.restore(at)
+        with new_grads(rotation.params[provider][at]):
+            step()
 
 
 def _kept_extra_bytes(rotation: Rotation, provider: int, optimizer: str) -> int:

@@ -40,6 +40,12 @@ OPTIMIZERS = {
 }
 
 
+def backend(optimizer: torch.optim.Optimizer) -> str:
+    """What makes an optimizer's steps: triton, torch, or one for some parameters each."""
+    explain = getattr(optimizer, "explain", None)
+    return " and ".join(filter(None, explain()["backend"].unique())) if explain else "torch"
+
+
 def minimal_bytes(optimizer: str, params: Iterable[Tensor]) -> int:
     """Bytes of a step that reads p, g and states once and writes p and states once."""
     size = sum(p.numel() * p.element_size() for p in params)

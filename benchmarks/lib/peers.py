@@ -10,22 +10,34 @@ import importlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Clip = Callable[[Iterable[Tensor]], object]
 
+REWRITTEN = "timm/utils/agc.py at 15d1dbc, rewritten"
 AGC_OPTIMS = "agc_optims 0.0.2, corrected"
 
 
 def timm_adaptive_clip_grad() -> tuple[Clip, str]:
     """timm's own function where timm is installed, else the one below, and which one it is."""
-    agc = _imported("timm.utils.agc")
+    agc = imported("timm.utils.agc")
     if agc is None:
-        return adaptive_clip_grad, "timm/utils/agc.py at 15d1dbc, rewritten"
-    return agc.adaptive_clip_grad, f"timm {_imported('timm').__version__}"
+        return adaptive_clip_grad, REWRITTEN
+    return agc.adaptive_clip_grad, f"timm {imported('timm').__version__}"
+
+
+def timm_clip_without_head(model: nn.Module, clipping: float) -> tuple[Callable[[], object], str]:
+    """Clipping as timm's training script has it with --clip-mode agc, and which one it is."""
+    body = list(model.parameters())[:-2]  # timm.models.model_parameters(model, exclude_head=True)
+    utils = imported("timm.utils")
+    if utils is None:
+        return partial(adaptive_clip_grad, body, clipping), REWRITTEN
+    clip = partial(utils.dispatch_clip_grad, body, clipping, mode="agc")
+    return clip, f"timm {imported('timm').__version__}"
 
 
 def adaptive_clip_grad(
@@ -76,10 +88,19 @@ def _clip(
         grad.copy_(torch.where(grad_norm < max_norm, grad, clipped))
 
 
-def packaged_clips(compiled: bool) -> list[tuple[str, str, Clip]]:
-    """Name, version and clipping of installed packages; heavyball's compiles itself."""
-    found: list[tuple[str, str, Clip]] = []
-    agc = _imported("pytorch_optimizer.optimizer.agc")
+class Package(NamedTuple):
+    """Clipping by an installed package; ``compiles``: under torch.compile, by itself."""
+
+    name: str
+    version: str
+    clip: Clip
+    compiles: bool
+
+
+def packaged_clips() -> list[Package]:
+    """Those of the packages that are installed."""
+    found = []
+    agc = imported("pytorch_optimizer.optimizer.agc")
     if agc is not None:
 
         @torch.no_grad()
@@ -88,8 +109,9 @@ def packaged_clips(compiled: bool) -> list[tuple[str, str, Clip]]:
                 if p.grad is not None:
                     p.grad.copy_(agc.agc(p, p.grad))
 
-        found.append(("pytorch_optimizer agc", _version("pytorch-optimizer"), clip_each))
-    utils = _imported("heavyball.utils") if compiled else None
+        version = _version("pytorch-optimizer")
+        found.append(Package("pytorch_optimizer agc", version, clip_each, False))
+    utils = imported("heavyball.utils")
     if utils is not None:
 
         @torch.no_grad()
@@ -97,11 +119,13 @@ def packaged_clips(compiled: bool) -> list[tuple[str, str, Clip]]:
             params = list(parameters)
             utils.adaptive_gradient_clipping_(params, [p.grad for p in params], 0.01)
 
-        found.append(("heavyball AGC per tensor", _version("heavyball"), clip_tensors))
+        version = _version("heavyball")
+        found.append(Package("heavyball AGC per tensor", version, clip_tensors, True))
     return found
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
+    """The module, or None where it is not installed or does not work."""
     try:
         return importlib.import_module(module)
     except ImportError:

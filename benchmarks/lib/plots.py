@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 COLORS = {
     "ours": "tab:blue",
@@ -52,21 +54,21 @@ def step_times(table: pd.DataFrame, csv: Path) -> list[Path]:
 def draw_bars(ax: Axes, rows: pd.DataFrame, title: str) -> None:
     """A bar per implementation that clips, and lines for the fastest that does not and the copy."""
     bars = rows[rows["role"].isin(BARS)]
-    spread = [bars["median_ms"] - bars["p20_ms"], bars["p80_ms"] - bars["median_ms"]]
+    spread = [bars["device_ms"] - bars["p20_ms"], bars["p80_ms"] - bars["device_ms"]]
     drawn = ax.barh(
         bars["implementation"],
-        bars["median_ms"],
+        bars["device_ms"],
         xerr=spread,
         color=bars["role"].map(COLORS),
         error_kw={"elinewidth": 1, "capsize": 2},
     )
     high = bars["p80_ms"].max()
-    for bar, ms, end in zip(drawn, bars["median_ms"], bars["p80_ms"], strict=True):
+    for bar, ms, end in zip(drawn, bars["device_ms"], bars["p80_ms"], strict=True):
         y = bar.get_y() + bar.get_height() / 2
         ax.text(end + 0.01 * high, y, f"{ms:.3g}", va="center", fontsize=8, bbox=BEHIND)
     for role, style in LINES.items():
-        fastest = rows[rows["role"] == role].nsmallest(1, "median_ms")
-        for name, ms in fastest[["implementation", "median_ms"]].values:
+        fastest = rows[rows["role"] == role].nsmallest(1, "device_ms")
+        for name, ms in fastest[["implementation", "device_ms"]].values:
             ax.axvline(ms, color=COLORS[role], linestyle=style, label=f"{name}: {ms:.3g}")
     ax.invert_yaxis()
     ax.set_title(title, loc="left", fontsize=10)
@@ -79,6 +81,66 @@ def draw_bars(ax: Axes, rows: pd.DataFrame, title: str) -> None:
         bbox_to_anchor=(1, 1),
         borderaxespad=0.2,
     )
+
+
+def gpu_step_times(rows: pd.DataFrame, implementations: list[str], path: Path) -> None:
+    """Bars of ms per step on GPUs, of the first two implementations; the last is the floor.
+
+    The third, far beyond the others, is told in words. White behind, for any theme around it.
+    """
+    ours, unclipped, far, floor = implementations
+    devices = sorted(rows["device"].unique(), reverse=True)
+    figure = Figure(figsize=(9, 0.9 + 2.9 * len(devices)), layout="constrained", facecolor="white")
+    axes = figure.subplots(len(devices), 1, squeeze=False)[:, 0]
+    for ax, device in zip(axes, devices, strict=True):
+        of_device = rows[rows["device"] == device]
+        cases = of_device.groupby(["model", "optimizer", "dtype"], sort=False)
+        for at, (_, of_case) in enumerate(cases):
+            by_name = of_case.set_index("implementation")
+            ms = by_name["device_ms"]
+            for left, name, role in ((-0.2, ours, "ours"), (0.2, unclipped, "unclipped")):
+                bound = by_name["host_ms"][name] > by_name["head_start_ms"][name]
+                ax.bar(at + left, ms[name], 0.4, color=COLORS[role], alpha=0.4 if bound else 1)
+            ax.hlines(ms[floor], at - 0.42, at + 0.42, color="black")
+            ax.text(at, 1.02 * max(ms[ours], ms[unclipped]), f"{ms[far]:.0f}", ha="center")
+        names = [" ".join(case) for case, _ in cases]
+        ax.set_xticks(range(len(cases)), names, rotation=25, ha="right")
+        ax.tick_params(labelsize=8)
+        ax.margins(y=0.12)
+        ax.set_ylabel(f"{device}: ms per step")
+    handles = [
+        Patch(color=COLORS["ours"], label=ours),
+        Patch(color=COLORS["unclipped"], label=unclipped),
+        Line2D([], [], color="black", label=floor),
+        Line2D([], [], linestyle="", label=f"the number above: {far}"),
+        Patch(color="tab:gray", alpha=0.4, label="pale: at most"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def training(table: pd.DataFrame, csv: Path) -> Path:
+    """Bars of images per second: median of the turns, from the slowest to the fastest."""
+    groups = list(table.groupby(["model", "pixels", "batch"], sort=False))
+    figure = Figure(figsize=(8, 0.8 + 1.5 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for ax, ((model, pixels, batch), rows) in zip(axes, groups, strict=True):
+        turns = rows.groupby(["implementation", "role"], sort=False)["images_per_s"]
+        bars = turns.agg(["median", "min", "max"]).reset_index()
+        spread = [bars["median"] - bars["min"], bars["max"] - bars["median"]]
+        colors = bars["role"].map(COLORS)
+        drawn = ax.barh(bars["implementation"], bars["median"], xerr=spread, color=colors)
+        ax.bar_label(drawn, fmt="{:,.4g}", padding=3, fontsize=8)
+        ax.margins(x=0.1)
+        ax.invert_yaxis()
+        ax.set_title(f"{model}, {pixels} pixels, batch {batch}", loc="left", fontsize=10)
+        ax.tick_params(labelsize=8)
+    axes[-1].set_xlabel("images per second: median of the turns, slowest to fastest")
+    first = table.iloc[0]
+    figure.suptitle(f"Training steps in {first['dtype']} on {first['device']}", fontsize=11)
+    path = csv.with_suffix(".png")
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def _slug(text: str) -> str:
@@ -96,9 +158,9 @@ def scaling(table: pd.DataFrame, csv: Path) -> Path:
         rows = table[table["axis"] == axis]
         for (name, role), line in rows.groupby(["implementation", "role"], sort=False):
             x = line["parameters" if axis == "elements" else axis]
-            _errorbar(ax, x, line, "ms", label=name, color=COLORS[str(role)])
+            _errorbar(ax, x, line, "device_ms", label=name, color=COLORS[str(role)])
             if role == "ours":
-                linear = line["median_ms"] / line["ratio_to_largest"]
+                linear = line["device_ms"] / line["ratio_to_largest"]
                 ax.plot(x, linear, color="tab:gray", linestyle="--", label="linear in elements")
         ax.set(xscale="log", yscale="log", xlabel=labels.get(axis, axis), title=_fixed(rows, axis))
         ax.title.set_fontsize(9)
@@ -115,9 +177,10 @@ def scaling(table: pd.DataFrame, csv: Path) -> Path:
     return path
 
 
-def _errorbar(ax: Axes, x: pd.Series[int], line: pd.DataFrame, unit: str, **style: Any) -> None:
+def _errorbar(ax: Axes, x: pd.Series[int], line: pd.DataFrame, column: str, **style: Any) -> None:
     """Medians, and bars from the 20th to the 80th percentile."""
-    median, low, high = (line[f"{name}_{unit}"] for name in ("median", "p20", "p80"))
+    unit = column.rpartition("_")[2]
+    median, low, high = (line[name] for name in (column, f"p20_{unit}", f"p80_{unit}"))
     ax.errorbar(
         x, median, [median - low, high - median], marker="o", markersize=4, capsize=2, **style
     )
@@ -130,7 +193,7 @@ def bandwidth(table: pd.DataFrame, csv: Path) -> Path:
     ax = figure.subplots()
     x, reached = rows["unit_length"], rows["gb_per_s"]
     # A step's p20 of time is its p80 of bandwidth.
-    high, low = (reached * rows["median_ms"] / rows[column] for column in ("p20_ms", "p80_ms"))
+    high, low = (reached * rows["device_ms"] / rows[column] for column in ("p20_ms", "p80_ms"))
     ours = str(rows["implementation"].iloc[0])
     copied = reached / rows["share_of_copy_bandwidth"]
     ax.plot(
@@ -178,7 +241,7 @@ def host_cost(table: pd.DataFrame, csv: Path) -> Path:
             rows = table[shown & (table["caches"] == caches)]
             for (name, kind), line in rows.groupby(["implementation", "kind"], sort=False):
                 style = {"color": colors[name], "linestyle": styles[str(kind)]}
-                _errorbar(ax, line[x], line, "us", label=f"{name}, {kind}", **style)
+                _errorbar(ax, line[x], line, "median_us", label=f"{name}, {kind}", **style)
             ax.set(xscale="log", yscale="log", title=f"{title}, {caches} caches")
             ax.title.set_fontsize(10)
             ax.grid(alpha=0.3)

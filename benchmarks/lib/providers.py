@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agc_triton import AGC
 from benchmarks.lib.optimizers import OPTIMIZERS, UNFUSED
+from benchmarks.lib.patience import Patience
 from benchmarks.lib.peers import (
     AGC_OPTIMS,
     Clip,
@@ -21,6 +22,7 @@ from benchmarks.lib.peers import (
 from benchmarks.lib.timing import Step
 from benchmarks.lib.versions import our_version
 
+ALGORITHMS = ("timm", "agc_optims")  # those that can be compiled
 Role = Literal["ours", "wrapper", "peer", "unclipped", "copy"]
 
 
@@ -30,7 +32,8 @@ class Provider(NamedTuple):
     ``build(params)`` returns a function that makes one step with the gradients in ``.grad``.
     ``role``: ours is compared with peers; unclipped, torch.optim alone, is what AGC adds to; copy
     moves as many bytes and computes nothing.
-    ``quick``: among the few that a short run measures.
+    ``quick``: among the few that a short run measures. ``patience``: its first steps compile and
+    may take so long.
     """
 
     implementation: str
@@ -38,15 +41,20 @@ class Provider(NamedTuple):
     role: Role
     quick: bool
     build: Callable[[list[Tensor]], Step]
+    patience: Patience | None = None
 
 
 def providers(
     optimizer: str,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
+    compiled: Sequence[str] = (),
+    patience: Patience | None = None,
 ) -> list[Provider]:
-    """Everything that is compared for one optimizer; ``compiled``: also under torch.compile."""
+    """Everything that is compared for one optimizer.
+
+    ``compiled``: which algorithms also under torch.compile; ``patience``: how long that may take.
+    """
     torch_class, agc_class, options, _, modes, fastest = OPTIMIZERS[optimizer]
     if optimizer == "sgd" and device == "cpu" and dtype.itemsize < 4:
         modes, fastest = UNFUSED, "for-loop"  # fused is wrong there up to 2.13 (pytorch#191763)
@@ -95,13 +103,17 @@ def providers(
         compared.append(Provider(name, clip_version, "peer", mode == fastest, build))
     name, build = "agc_optims AGC, torch.optim for-loop", partial(peer, agc_optims_clip, "for-loop")
     compared.append(Provider(name, AGC_OPTIMS, "peer", False, build))
-    for package, package_version, packaged in packaged_clips(compiled):
-        name, build = f"{package}, torch.optim {fastest}", partial(peer, packaged, fastest)
-        compared.append(Provider(name, package_version, "peer", False, build))
+    for package in packaged_clips():
+        if package.compiles and not compiled:
+            continue
+        name, build = f"{package.name}, torch.optim {fastest}", partial(peer, package.clip, fastest)
+        limit = patience if package.compiles else None
+        compared.append(Provider(name, package.version, "peer", False, build, limit))
     algorithms = {"timm": (clip, clip_version), "agc_optims": (agc_optims_clip, AGC_OPTIMS)}
-    for algorithm, (clip, clip_version) in algorithms.items() if compiled else ():
+    for algorithm in compiled:
+        clip, clip_version = algorithms[algorithm]
         name, build = f"{algorithm} AGC, torch.optim, torch.compile", partial(compiled_peer, clip)
-        compared.append(Provider(name, clip_version, "peer", True, build))
+        compared.append(Provider(name, clip_version, "peer", True, build, patience))
 
     for mode in ["fused"] if "fused" in modes else modes:
         name, build = f"torch.optim {mode}, unclipped", partial(unclipped, mode)

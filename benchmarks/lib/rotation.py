@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from benchmarks.lib.providers import Provider
-from benchmarks.lib.timing import Step
+from benchmarks.lib.timing import Turn
 from benchmarks.lib.workloads import Workload
 
 # All sets together exceed the L2 cache this many times.
@@ -57,7 +57,12 @@ class Rotation:
         ]
         self._at = -1
 
-    def turn(self, provider: int, at: int | None = None) -> tuple[Step, Step]:
+    def keep(self, providers: Sequence[int]) -> None:
+        """Forget the others, and free what only they held."""
+        self.params = [self.params[i] for i in providers]
+        self.steps = [self.steps[i] for i in providers]
+
+    def turn(self, provider: int, at: int | None = None) -> Turn:
         """What makes ready for a provider's step on a set, by default the next, and the step."""
         before, self._at = self._at, (self._at + 1) % self.count if at is None else at
         return partial(self.restore, before), self.steps[provider][self._at]

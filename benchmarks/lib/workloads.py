@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from agc_triton import unitwise_norm
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING
 
+CPU = torch.device("cpu")
 TABLES = Path(__file__).parents[1] / "shapes"
 
 
@@ -39,9 +40,14 @@ def load_shapes(model: str) -> list[tuple[int, ...]]:
     ]
 
 
-def random_workload(model: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Workload:
+def random_workload(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> Workload:
     """A workload with a model's shapes."""
-    return workload_of(model, load_shapes(model), dtype, seed)
+    return workload_of(model, load_shapes(model), dtype, seed, device=device)
 
 
 def workload_of(
@@ -50,28 +56,24 @@ def workload_of(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     spread: float = 4.0,
+    device: torch.device = CPU,
 ) -> Workload:
     """Normal weights of unit norm about 1, and gradients of which half are over their limit.
 
-    Each unit's gradient norm is its limit times ``spread ** x``, x uniform in [-1, 1].
+    Each unit's gradient norm is its limit times ``spread ** x``, x uniform in [-1, 1]. They are
+    drawn on the device, where that takes little time; each kind has random numbers of its own.
     """
-    generator = torch.Generator().manual_seed(seed)
+    drawn: Any = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     params, grads = [], []
     for shape in shapes:
-        p, g = (torch.randn(shape, generator=generator) for _ in range(2))
+        p, g = (torch.randn(shape, **drawn) for _ in range(2))
         norm = unitwise_norm(p)
         p /= math.sqrt(p.numel() / norm.numel())
-        target = limits(p) * spread ** (2 * torch.rand(norm.shape, generator=generator) - 1)
+        target = limits(p) * spread ** (2 * torch.rand(norm.shape, **drawn) - 1)
         g *= target / unitwise_norm(g)
         params.append(p.to(dtype))
         grads.append(g.to(dtype))
     return Workload(name, params, grads)
-
-
-def on_device(workload: Workload, device: torch.device) -> Workload:
-    """The workload's tensors on a device."""
-    name, params, grads = workload
-    return Workload(name, [p.to(device) for p in params], [g.to(device) for g in grads])
 
 
 def limits(param: Tensor) -> Tensor:

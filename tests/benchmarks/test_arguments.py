@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import digits, host_cost, kernel_report, scaling, throughput, tune_blocks
+from benchmarks import (
+    digits,
+    host_cost,
+    kernel_report,
+    scaling,
+    throughput,
+    training,
+    tune_blocks,
+)
 
-REPORTS: list[Any] = [digits, host_cost, kernel_report, scaling, throughput, tune_blocks]
+REPORTS: list[Any] = [
+    *(digits, host_cost, kernel_report, scaling, throughput, training, tune_blocks),
+]
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.__name__)
@@ -42,6 +52,13 @@ def test_where_rows_go_is_checked_before_anything_is_measured(
         (scaling, "--max-elements nan", "--max-elements: nan is no number from 10,000 on"),
         (scaling, "--max-elements inf", "--max-elements: inf is no number from 10,000 on"),
         (scaling, "--max-elements many", "--max-elements: invalid elements value: 'many'"),
+        (training, "--batches 64 0", "--batches: 0 is no whole number above 0"),
+        (
+            training,
+            "--models no_such",
+            "--models: no_such is no model of timm's, if there is timm",
+        ),
+        (digits, "--device cuda", "--device: torch finds no GPU"),
         (digits, "--epochs 0", "--epochs: 0 is no whole number above 0"),
         (digits, "--seeds -1", "--seeds: -1 is no whole number above 0"),
         (kernel_report, "--arch 91x", "--arch: invalid choice: '91x' (choose from"),

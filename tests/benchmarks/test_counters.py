@@ -113,6 +113,25 @@ def test_peak_extra_bytes_leaves_out_what_was_there_before() -> None:
     assert peak_extra_bytes(step) == 1 << 20
 
 
+def test_blocks_at_addresses_of_those_that_a_call_left_were_there_before() -> None:
+    held: list[Tensor] = []
+
+    def allocate() -> None:
+        held.extend(torch.ones(1 << 18) for _ in range(20))
+
+    assert left_bytes(allocate) == 20 << 20
+    before = {x.data_ptr() for x in held}
+    held.clear()
+    allocate()
+    assert before & {x.data_ptr() for x in held}
+
+    def step() -> None:
+        held.clear()
+        torch.ones(1 << 18)
+
+    assert peak_extra_bytes(step) == 1 << 20
+
+
 def test_peak_extra_bytes_sees_what_operations_allocate_inside() -> None:
     x = torch.rand(1 << 20)
     assert peak_extra_bytes(lambda: x.copy_(x * 2 + x)) == 8 << 20

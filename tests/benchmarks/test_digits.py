@@ -9,19 +9,20 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from benchmarks import digits
 from benchmarks.lib.nfnet import NFNet
 
 COLUMNS = [
     *("optimizer", "lr", "clipping", "seed", "epoch", "train_loss", "test_loss", "test_accuracy"),
-    *("seconds", "diverged", "batch", "torch", "device", "threads"),
+    *("seconds", "backend", "diverged", "batch", "torch", "device", "threads"),
 ]
 
 
 @pytest.fixture(scope="module")
 def data() -> digits.Digits:
-    return digits.load_split()
+    return digits.load_split(torch.device("cpu"))
 
 
 def curves(
@@ -105,11 +106,14 @@ def test_verdict_says_what_broke_and_what_did_not() -> None:
 def test_csv_has_every_epoch_and_the_picture_is_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    digits.main(["--seeds", "2", "--epochs", "1", "--out", str(tmp_path)])
+    digits.main(["--seeds", "2", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path)])
     rows = pd.read_csv(tmp_path / "digits.csv")
     assert rows.columns.tolist() == COLUMNS
     runs = rows[["lr", "seed", "optimizer", "epoch"]].itertuples(index=False, name=None)
     assert list(runs) == list(itertools.product(digits.LRS, (0, 1), digits.COLORS, (1,)))
     assert rows[["seconds", "torch", "device"]].notna().all(axis=None)
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
-    assert str(tmp_path / "digits.csv") in capsys.readouterr().out
+    assert set(rows["backend"]) == {"torch"}
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "digits.csv") in printed
+    assert "SGD's steps by torch, SGD_AGC's steps by torch." in printed

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.lib import workloads
 from benchmarks.lib.optimizers import OPTIMIZERS
-from benchmarks.lib.providers import Provider, providers
+from benchmarks.lib.providers import ALGORITHMS, Provider, providers
 from benchmarks.lib.rotation import Rotation
 from tests.benchmarks.tiny import SHAPES
 
@@ -139,7 +139,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def compiled_steps(count: int) -> Iterator[None]:
     """Two steps of every compiled implementation over so many workloads, one after the other."""
-    compared = [p for p in providers("adamw", compiled=True) if "torch.compile" in p.implementation]
+    compared = [
+        p for p in providers("adamw", compiled=ALGORITHMS) if "torch.compile" in p.implementation
+    ]
     assert len(compared) == 2
     for _ in range(count):
         workload = workloads.workload_of("tiny", [(3, 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import readme_table
+from benchmarks.lib import plots
 
 
 def test_readme_has_the_committed_figures() -> None:
@@ -18,12 +20,13 @@ def test_readme_has_the_committed_figures() -> None:
 
 
 def readme_rows(**common: Any) -> pd.DataFrame:
-    machine = {"device": "Some CPU", "threads": 2, "torch": "9.9"}
+    machine: dict[str, Any] = {"device": "Some CPU", "threads": 2, "torch": "9.9"}
+    machine |= {"host_ms": 200.0, "head_start_ms": math.nan}
     model = {"model": readme_table.MODEL, "dtype": readme_table.DTYPE, "parameters": 71_489_284}
     rows = [
-        {"implementation": "x", "optimizer": "sgd", "median_ms": 123.4, "ratio_to_unclipped": 2.0},
-        {"implementation": "x", "optimizer": "adamw", "median_ms": 9.87, "ratio_to_unclipped": 1.0},
-        {"implementation": "y", "optimizer": "sgd", "median_ms": 1, "ratio_to_unclipped": 0.5},
+        {"implementation": "x", "optimizer": "sgd", "device_ms": 123.4, "ratio_to_unclipped": 2.0},
+        {"implementation": "x", "optimizer": "adamw", "device_ms": 9.87, "ratio_to_unclipped": 1.0},
+        {"implementation": "y", "optimizer": "sgd", "device_ms": 1, "ratio_to_unclipped": 0.5},
     ]
     return pd.DataFrame([{**machine, **model, **row, **common} for row in rows])
 
@@ -45,7 +48,7 @@ def test_readme_table_by_implementation_and_optimizer() -> None:
 
 
 def test_readme_tables_are_of_one_model_and_dtype() -> None:
-    others = [readme_rows(dtype="bfloat16", median_ms=0), readme_rows(model="vit", median_ms=0)]
+    others = [readme_rows(dtype="bfloat16", device_ms=0), readme_rows(model="vit", device_ms=0)]
     mixed = pd.concat([others[0], readme_rows(), others[1]])
     assert [*map(readme_table.markdown, readme_table.tables(mixed))] == [
         readme_table.markdown(readme_rows())
@@ -74,7 +77,39 @@ def test_readme_tables_come_from_throughput_alone(
         rows.to_csv(tmp_path / machine / "throughput.csv")
     for other in ("a/host-cost", "b/scaling", "kernels-triton-9.9", "throughput"):
         readme_rows(device=other).to_csv(tmp_path / f"{other}.csv")
-    text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter"
+    begin = {which: readme_table.BEGIN.format(which) for which in ("GPU", "CPU")}
+    gpus = f"before\n{begin['GPU']}\nold\n{readme_table.END}\n"
+    text = f"{gpus}between\n{begin['CPU']}\nold\n{readme_table.END}\nafter"
     table = "\n".join([HEADING, *TABLE])
-    expected = f"before\n{readme_table.BEGIN}\n\n{table}\n\n{readme_table.END}\nafter"
+    expected = (
+        f"before\n{begin['GPU']}\n\n{readme_table.END}\nbetween\n"
+        f"{begin['CPU']}\n\n{table}\n\n{readme_table.END}\nafter"
+    )
     assert readme_table.with_tables(text) == expected
+
+
+def gpu_rows() -> pd.DataFrame:
+    """Two GPUs' rows; in one the host took longer than the head start."""
+    case = {"model": "resnet50", "optimizer": "adamw", "dtype": "float32", "head_start_ms": 1.0}
+    rows = [
+        {**case, "device": device, "implementation": name, "device_ms": ms, "host_ms": host}
+        for device, ms, host in (("NVIDIA H100 80GB HBM3", 0.25, 1.5), ("NVIDIA H200", 0.2, 0.5))
+        for name in readme_table.GPU_COLUMNS
+    ]
+    other = {**rows[0], "model": "another"}
+    return readme_table.gpu_rows([pd.DataFrame(rows[:4]), pd.DataFrame([*rows[4:], other])])
+
+
+def test_gpus_stand_side_by_side_and_bounds_are_marked() -> None:
+    lines = readme_table.gpu_markdown(gpu_rows()).splitlines()
+    assert lines[0].startswith("| ms per step, H200 / H100 | clipped: agc_triton |")
+    (row,) = (line for line in lines if line.startswith("| ResNet-50, AdamW, fp32 |"))
+    assert row.split(" | ")[1] == "0.2 / ≤ 0.25"
+    (absent,) = (line for line in lines if line.startswith("| NFNet-F0, SGD, bf16 |"))
+    assert absent.split(" | ")[1] == "- / -"
+
+
+def test_the_picture_of_the_gpus(tmp_path: Path) -> None:
+    path = tmp_path / "bars.png"
+    plots.gpu_step_times(gpu_rows(), list(readme_table.GPU_COLUMNS.values()), path)
+    assert path.read_bytes().startswith(b"\x89PNG")

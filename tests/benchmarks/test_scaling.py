@@ -88,7 +88,7 @@ def test_writes_and_draws_every_case(
         table[["parameters", "tensors", "unit_length"]].eq([10**5, 10, 1000]).all(axis=1)
     ]
     assert len(shared) == 3 * len(scaling.ROLES)
-    assert shared["median_ms"].nunique() == len(scaling.ROLES)
+    assert shared["device_ms"].nunique() == len(scaling.ROLES)
 
     printed = capsys.readouterr().out
     pictures = [out.with_suffix(".png"), out.with_name("rows-bandwidth.png")]
@@ -118,10 +118,10 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_rounds_of_all_passes_count() -> None:
-    found = ["rounds", "median_ms", "p20_ms", "p80_ms"]
+    found = ["rounds", "device_ms", "p20_ms", "p80_ms"]
     common = {"implementation": "x", "role": "ours", "bytes_moved": 28}
-    steps = pd.DataFrame([{**common, "ms": ms, "host_ms": ms} for ms in range(1, 12)])
-    given = [*(name for name in COLUMNS if name not in (*found, "host_ms")), "ms", "host_ms"]
+    steps = pd.DataFrame([{**common, "device_ms": ms, "host_ms": ms} for ms in range(1, 12)])
+    given = [name for name in COLUMNS if name not in ("rounds", "p20_ms", "p80_ms")]
     row = summarize(steps.reindex(columns=given)).iloc[0]
     assert row[found].tolist() == [11, 6, 3, 9]
 
@@ -153,7 +153,7 @@ def test_every_case_up_to_a_billion_elements_is_looked_at_once(
 def line_of(axis: str, counts: list[int], ms: list[float]) -> pd.DataFrame:
     """Rows of an axis as if measured."""
     common = {"axis": axis, "role": "ours", "implementation": "x", "parameters": 10**6}
-    line = pd.DataFrame({**common, "median_ms": ms})
+    line = pd.DataFrame({**common, "device_ms": ms})
     return scaling.with_ratios(
         line.assign(**{"parameters" if axis == "elements" else axis: counts})
     )

@@ -12,11 +12,17 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
-from tests.support.helpers import PAIRS, make_params, nothing_changes, train
+from tests.support.checks import nothing_changes
+from tests.support.optimizers import PAIRS
+from tests.support.tensors import parameters
+from tests.support.training import train
+
+# What torch only warns of has to be warned of here too.
+pytestmark = pytest.mark.filterwarnings("error:optimizer contains a parameter group with duplicate")
 
 
 def error_of(make: Callable[[], Any]) -> tuple[type[BaseException], str]:
-    """What torch or we raise; pytest turns warnings into errors, so that they count too."""
+    """What torch or we raise, warnings included."""
     with pytest.raises((TypeError, ValueError, RuntimeError, UserWarning)) as caught:
         make()
     return caught.type, str(caught.value)
@@ -100,8 +106,8 @@ def test_torchs_own_error_inputs(cls: Any, case: Any) -> None:
 
 @pytest.mark.parametrize("cls", PAIRS)
 def test_groups_and_checkpoints_that_do_not_fit_get_torchs_message(cls: Any) -> None:
-    params = make_params([(4, 3), (2,)])
-    ours, theirs = PAIRS[cls](params), cls(make_params([(4, 3), (2,)]))
+    params = parameters([(4, 3), (2,)])
+    ours, theirs = PAIRS[cls](params), cls(parameters([(4, 3), (2,)]))
     train(ours, params, range(1))
     saved: dict[str, Any] = cls([leaf()]).state_dict()
     bad: list[Callable[[Optimizer], Any]] = [

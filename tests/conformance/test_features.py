@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +17,10 @@ from torch.optim.optimizer import (
 from torch.optim.swa_utils import AveragedModel
 
 from agc_triton import AGC, SGD_AGC
-from tests.support.helpers import OURS, PAIRS, clipped, make_params, same, set_grads, train
+from tests.support.checks import clipped
+from tests.support.optimizers import OURS, PAIRS
+from tests.support.tensors import parameters, same, set_grads
+from tests.support.training import train
 
 CLIPPING = 0.02
 
@@ -45,7 +47,7 @@ every_optimizer = pytest.mark.parametrize("make", [*OURS, wrapped_sgd])
 )
 @every_optimizer
 def test_hooks_fire_once_until_they_are_removed(make: Any, register: str) -> None:
-    params = make_params()
+    params = parameters()
     optimizer = make(params)
     calls: list[Any] = []
     handle = getattr(optimizer, register)(lambda *args: calls.append(args[0]))
@@ -63,7 +65,7 @@ def test_hooks_fire_once_until_they_are_removed(make: Any, register: str) -> Non
 
 @every_optimizer
 def test_global_step_hooks_fire_once_per_step(make: Any) -> None:
-    params = make_params()
+    params = parameters()
     optimizer = make(params)
     calls: list[str] = []
     handles = [
@@ -85,7 +87,7 @@ def test_gradients_are_clipped_after_the_pre_hooks_changed_them(
     make: Any, with_closure: bool
 ) -> None:
     # One that sums gradients over ranks, say, or adds noise to them.
-    (param,) = make_params([(4, 3)])
+    (param,) = parameters([(4, 3)])
     optimizer = make([param], lr=1.0, clipping=CLIPPING)
 
     def scale_up(*_: Any) -> None:
@@ -101,7 +103,7 @@ def test_gradients_are_clipped_after_the_pre_hooks_changed_them(
 
 @every_optimizer
 def test_the_closure_runs_once_with_grad_and_its_loss_comes_back(make: Any) -> None:
-    (param,) = make_params([(4, 3)])
+    (param,) = parameters([(4, 3)])
     optimizer = make([param])
     losses: list[Tensor] = []
 
@@ -121,7 +123,7 @@ def test_the_closure_runs_once_with_grad_and_its_loss_comes_back(make: Any) -> N
 
 @pytest.mark.parametrize("cls", PAIRS)
 def test_groups_added_in_mid_training(cls: Any) -> None:
-    ours, theirs = make_params(dtype=torch.float64), make_params(dtype=torch.float64)
+    ours, theirs = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
     optimizer, expected = PAIRS[cls](ours[:1], clipping=CLIPPING), cls(theirs[:1])
     for seed in range(4):
         if seed == 2:
@@ -188,7 +190,7 @@ def test_an_uninitialized_parameter_is_checked_at_its_first_gradient(make: Any) 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @every_optimizer
 def test_zero_grad(make: Any, set_to_none: bool) -> None:
-    params = make_params()
+    params = parameters()
     optimizer = make(params)
     set_grads(params, 0)
     optimizer.zero_grad(set_to_none=set_to_none)
@@ -200,7 +202,7 @@ def test_zero_grad(make: Any, set_to_none: bool) -> None:
 
 @pytest.mark.parametrize("cls", OURS)
 def test_repr_shows_the_options_of_each_group(cls: Any) -> None:
-    params = make_params()
+    params = parameters()
     groups = [{"params": params[:1]}, {"params": params[1:], "clipping": 0.125, "unit_dim": 1}]
     text = repr(cls(groups, clipping=0.25, agc_eps=0.5))
     assert text.startswith(f"{cls.__name__} (\nParameter Group 0\n")
@@ -224,13 +226,6 @@ def test_averaged_models_take_the_trained_weights(make: Any) -> None:
         seen.append(model.weight.detach().clone())
     assert not same(seen[0], seen[-1])
     torch.testing.assert_close(averaged.module.weight.detach(), torch.stack(seen).mean(0))
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # dynamo looks into torch.optim.SGD, the wrapper's base, and imports torch's scripted classes.
@@ -284,7 +279,7 @@ def test_the_signature_is_torchs_and_then_ours(cls: Any) -> None:
     ],
 )
 def test_positional_arguments_are_torchs(cls: Any, arguments: tuple[Any, ...]) -> None:
-    ours, theirs = PAIRS[cls](make_params(), *arguments), cls(make_params(), *arguments)
+    ours, theirs = PAIRS[cls](parameters(), *arguments), cls(parameters(), *arguments)
     (group,), (expected,) = ours.param_groups, theirs.param_groups
     assert without_params({k: group[k] for k in expected}) == without_params(expected)
     assert isinstance(ours, cls)

@@ -11,7 +11,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from agc_triton import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
-from tests.support.helpers import make_params, same, set_grads, train
+from tests.support.tensors import parameters, same, set_grads
+from tests.support.training import train
 
 pytestmark = pytest.mark.usefixtures("either_block")
 
@@ -54,7 +55,7 @@ def scaled_grads(params: list[Parameter], seed: int, scaler: torch.amp.GradScale
 def test_gradients_are_unscaled_once_before_the_clip(
     make: Any, cls: Any, fused: bool, unscale_first: bool
 ) -> None:
-    ours, theirs = make_params(), make_params()
+    ours, theirs = parameters(), parameters()
     optimizer, expected = (
         make(cls, [{"params": params[:2]}, {"params": params[2:], "clipping": 0}], fused)
         for params in (ours, theirs)
@@ -74,7 +75,7 @@ def test_gradients_are_unscaled_once_before_the_clip(
 
 @every_optimizer
 def test_a_step_with_an_infinite_gradient_is_skipped(make: Any, cls: Any, fused: bool) -> None:
-    params = make_params()
+    params = parameters()
     optimizer = make(cls, params, fused)
     train(optimizer, params, range(1))
     before = copy.deepcopy((params, optimizer.state_dict()))

@@ -16,16 +16,20 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
-from tests.support.cases import NAMES, build, step_with, tolerance_key
-from tests.support.helpers import PAIRS
+from tests.support.checks import oracle_for, step_and_check, tolerance_key
+from tests.support.optimizers import NAMES, PAIRS, build
 from tests.support.oracle import Oracle
+from tests.support.places import KERNELS, on_device
+from tests.support.tensors import grads_like, weights
 from tests.support.tolerances import TOLERANCES
-from tests.support.triton_cases import KernelOracle, make_grad, make_weight, on_device, states_of
+
+# What torch only warns of has to be warned of here too.
+pytestmark = pytest.mark.filterwarnings("error:optimizer contains a parameter group with duplicate")
 
 INFOS: dict[str, Any] = {info.name: info for info in optim_db if info.name in NAMES}
 SHAPES = ((4, 24), (7,), (), (2, 3, 2))
 STEPS = 3
-UNREACHED: dict[str, Any] = {"clipping": 1e4}  # gradients are at most twice their weights
+UNREACHED: dict[str, Any] = {"clipping": 1e4}  # gradients are at most twenty times their weights
 
 # torch lists capturable for CUDA only; the kernels take it wherever they run.
 INPUTS = [
@@ -35,17 +39,10 @@ INPUTS = [
 ]
 
 
-def make_weights() -> list[Tensor]:
-    return [make_weight(shape, seed=i).float() for i, shape in enumerate(SHAPES)]
-
-
 def check_steps(oracle: Oracle, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
     """Steps on one sequence of gradients, whoever takes them."""
     for step in range(STEPS):
-        grads = [make_grad(shape, seed=10 * step + i).float() for i, shape in enumerate(SHAPES)]
-        oracle.step(grads)
-        step_with(optimizer, params, [g.to(p.device) for p, g in zip(params, grads, strict=True)])
-        oracle.check(params, states_of(optimizer, params))
+        step_and_check(optimizer, oracle, params, grads_like(params, step))
 
 
 @pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
@@ -54,13 +51,13 @@ def test_nothing_is_clipped_and_torchs_numbers_come_out(name: str, options: dict
     known = {key: value for key, value in options.items() if key != "capturable"}
     # One float64 oracle that knows no clipping for torch.optim and for both paths.
     tolerance = TOLERANCES[tolerance_key(torch.float32, name, known, "default")]
-    theirs, ours, kernels = make_weights(), make_weights(), on_device(make_weights())
+    theirs, ours, kernels = weights(SHAPES), weights(SHAPES), KERNELS.weights(SHAPES)
     expected = getattr(torch.optim, name)(theirs, **copy.deepcopy(known))
     check_steps(Oracle(name, theirs, tolerance, **known, clipping=None), expected, theirs)
     optimizer = build(name, ours, copy.deepcopy({**known, **UNREACHED}))
     check_steps(Oracle(name, ours, tolerance, **known, clipping=None), optimizer, ours)
     given = {**on_device(copy.deepcopy(options)), **UNREACHED, "backend": "triton"}
-    oracle = KernelOracle(name, kernels, **known, clipping=None)
+    oracle = oracle_for(name, kernels, KERNELS, **known, clipping=None)
     check_steps(oracle, build(name, kernels, given), kernels)
 
 

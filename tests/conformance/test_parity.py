@@ -12,10 +12,10 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import agc_triton
 import agc_triton.torch_path.blocks
-from tests.support.cases import MODES, NAMES, STATEFUL, STATEFUL_CASES, make_grad
-from tests.support.helpers import make_params, same
+from tests.support.optimizers import MODES, NAMES, STATEFUL, STATEFUL_CASES
+from tests.support.tensors import grad_like, parameters, same
 
-pytestmark = pytest.mark.usefixtures("either_block")
+either_block = pytest.mark.usefixtures("either_block")
 
 STEPS = 3
 SHAPES = ((17, 3), (4, 3, 2, 2), (6,), (4, 1, 1, 1), ())
@@ -45,7 +45,7 @@ def run(
     shapes: Sequence[tuple[int, ...]] = SHAPES,
 ) -> list[Any]:
     """Numbers, state names and group after each step, an error and what it leaves at the end."""
-    params: list[Any] = make_params(shapes, dtype)
+    params: list[Any] = parameters(shapes, dtype)
     if options.get("differentiable"):  # torch.optim cannot update leaves that need a gradient then
         params = [p.detach() for p in params]
     # torch's fused SGD takes no late first gradient, and its foreach SGD multiplies 16-bit buffers
@@ -58,7 +58,7 @@ def run(
         for step in range(STEPS):
             for i, param in enumerate(params):
                 absent = late and i == 1 and step == 0
-                param.grad = None if absent else make_grad(param.detach(), 10 * step + i)
+                param.grad = None if absent else grad_like(param.detach(), 10 * step + i)
             optimizer.step()
             values = [(p, p.grad, *optimizer.state.get(p, {}).values()) for p in params]
             kept = [[None if t is None else t.detach().clone() for t in row] for row in values]
@@ -91,6 +91,7 @@ def test_without_clipping(name: str, options: dict[str, Any]) -> None:
     assert_same_run(name, options, 0, None)
 
 
+@either_block
 @pytest.mark.parametrize(("name", "options"), configurations(False))
 def test_under_a_limit_that_nothing_reaches(name: str, options: dict[str, Any]) -> None:
     assert_same_run(name, options, UNREACHED)
@@ -110,6 +111,7 @@ ODD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@either_block
 @pytest.mark.parametrize(("name", "options"), ODD_OPTIONS)
 def test_flags_and_numbers_as_torch_takes_them(name: str, options: dict[str, Any]) -> None:
     shapes = SHAPES[:-1]  # it takes a momentum of shape (1,) for all but scalars
@@ -129,6 +131,7 @@ def test_flags_and_numbers_as_torch_takes_them(name: str, options: dict[str, Any
 REPEATED = [case for case in STATEFUL_CASES if case != ("SGD", "foreach")]
 
 
+@either_block
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.parametrize(("name", "mode"), REPEATED)
 def test_a_parameter_that_is_twice_in_a_group(name: str, mode: str) -> None:
@@ -152,6 +155,7 @@ OTHER_DTYPES = [
 ]
 
 
+@either_block
 @pytest.mark.parametrize(("name", "mode", "dtype"), OTHER_DTYPES, ids=str)
 def test_other_dtypes(name: str, mode: str, dtype: torch.dtype) -> None:
     clippings = [None] if mode == "default" else [None, UNREACHED]
@@ -189,7 +193,7 @@ def test_sparse_gradients_without_clipping(momentum: float) -> None:
         (agc_triton.SGD_AGC, {"clipping": 0}),
     ]
     for cls, ours in cases:
-        (param,) = make_params([(4, 3)])
+        (param,) = parameters([(4, 3)])
         optimizer: Any = cls([param], lr=0.1, momentum=momentum, dampening=0.5, **ours)
         for row in (1, 1, 2):
             param.grad = torch.sparse_coo_tensor(

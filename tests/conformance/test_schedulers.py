@@ -11,7 +11,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from agc_triton import AGC
-from tests.support.helpers import OURS, PAIRS, clipped, make_params, same, set_grads, train
+from tests.support.checks import clipped
+from tests.support.optimizers import OURS, PAIRS
+from tests.support.tensors import parameters, same, set_grads
+from tests.support.training import train
 
 CLIPPING = 0.02
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
@@ -61,7 +64,7 @@ def test_every_scheduler_of_torch_is_in_the_table() -> None:
 @pytest.mark.parametrize(("make", "cls"), [*zip(OURS, PAIRS, strict=True), (make_wrapped, SGD)])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_drive_it_as_torchs(name: str, make: Any, cls: Any) -> None:
-    ours, theirs = make_params(dtype=torch.float64), make_params(dtype=torch.float64)
+    ours, theirs = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
     optimizer = make(ours, clipping=CLIPPING, **OPTIONS[cls])
     expected = cls(theirs, **OPTIONS[cls])
     schedulers = [SCHEDULERS[name](o) for o in (optimizer, expected)]
@@ -88,7 +91,7 @@ def test_schedulers_drive_it_as_torchs(name: str, make: Any, cls: Any) -> None:
 
 @pytest.mark.parametrize("cls", PAIRS)
 def test_schedulers_change_a_tensor_lr_in_place(cls: Any) -> None:
-    ours, theirs = make_params(dtype=torch.float64), make_params(dtype=torch.float64)
+    ours, theirs = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
     rate = torch.tensor(0.1, dtype=torch.float64)
     optimizer, expected = PAIRS[cls](ours, lr=rate, clipping=CLIPPING), PAIRS[cls](theirs)
     scheduler = lr_scheduler.ExponentialLR(optimizer, gamma=0.5)

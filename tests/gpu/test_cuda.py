@@ -1,4 +1,4 @@
-"""What only a GPU shows: host syncs, compilations, memory, bf16 rounding.
+"""What only a GPU shows: devices beside each other, memory, bf16 rounding.
 
 With a GPU the other tests of the Triton path run on it as well.
 """
@@ -10,176 +10,47 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from agc_triton import SGD_AGC, AdamW_AGC, adaptive_clip_grad_, routing
-from tests.support.cases import STATEFUL, build
-from tests.support.cuda_cases import (
+from agc_triton import SGD_AGC, AdamW_AGC, adaptive_clip_grad_
+from tests.support.checks import check_clipped, oracle_for, states_of
+from tests.support.cuda import (
     capturable,
-    every_rule,
-    make_grads,
-    make_params,
+    cuda_weights,
     needs_gpu,
-    set_grads,
 )
-from tests.support.oracle import Oracle
-from tests.support.tolerances import TOLERANCES
-from tests.support.triton_cases import (
-    CLIPPING,
-    TRITON,
-    KernelOracle,
-    check_clipped,
-    make_grad,
-    make_weight,
-    plan_of,
-    states_of,
+from tests.support.optimizers import CLIPPING, STATEFUL, TRITON, build
+from tests.support.places import CPU, KERNELS, Place
+from tests.support.plans import plan_of
+from tests.support.tensors import (
+    TILE_SHAPES,
+    grad_like,
+    grads_like,
+    set_grads,
+    weight,
+    weights,
 )
 
 pytestmark = needs_gpu
 
 
-@contextmanager
-def no_host_sync() -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_a_learning_rate_that_moves_on_the_device() -> None:
     options = capturable("AdamW")
-    params = make_params()
-    optimizer, oracle = build("AdamW", params, options), KernelOracle("AdamW", params, **options)
+    params = cuda_weights()
+    optimizer = build("AdamW", params, options)
+    oracle = oracle_for("AdamW", params, KERNELS, **options)
     left = options["lr"].detach()
     for seed, rate in enumerate((0.5, 0.125)):
         options["lr"].data = torch.full_like(left, rate)
         oracle.options["lr"] = rate
-        set_grads(params, make_grads(seed))
-        oracle.step(make_grads(seed))
+        set_grads(params, seed)
+        oracle.step(grads_like(params, seed))
         optimizer.step()
         oracle.check(params, states_of(optimizer, params))
-
-
-@pytest.mark.parametrize("unscale_first", [False, True])
-@every_rule
-def test_grad_scaler_without_host_syncs(name: str, unscale_first: bool) -> None:
-    options = {**STATEFUL[name], **TRITON, "backend": "auto"}
-    params = make_params()
-    optimizer: Any = build(name, params, options)
-    oracle = KernelOracle(name, params, **options)
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12, growth_interval=100)
-    scaler.scale(torch.ones((), device="cuda"))
-    for seed, scale in enumerate((2.0**12, 2.0**12, 2.0**12, 2.0**11)):
-        grads = make_grads(seed)
-        set_grads(params, [grad * scale for grad in grads])
-        if seed == 2:
-            assert params[2].grad is not None
-            params[2].grad[1, 699] = torch.inf
-        else:
-            oracle.step(grads)
-        if seed == 0:  # the plan is made, and kernels are compiled
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            with no_host_sync():
-                if unscale_first:
-                    scaler.unscale_(optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-        oracle.check(params, states_of(optimizer, params))
-    assert scaler.get_scale() == 2.0**11
-
-
-@every_rule
-def test_steady_steps_without_host_syncs(name: str) -> None:
-    options = {**STATEFUL[name], **TRITON, "backend": "auto"}
-    params = make_params()
-    optimizer = build(name, params, options)
-    oracle = KernelOracle(name, params, **options)
-    grads = [make_grads(seed) for seed in range(4)]
-    for seed, rate in enumerate((0.5, 0.5, 0.25, 0.125)):
-        optimizer.param_groups[0]["lr"] = oracle.options["lr"] = rate
-        set_grads(params, grads[seed])
-        if seed == 2:
-            params[1].grad = None
-        oracle.step([p.grad for p in params])
-        if seed == 0:
-            optimizer.step()
-        else:
-            with no_host_sync():
-                optimizer.step()
-        oracle.check(params, states_of(optimizer, params))
-
-
-def test_steady_steps_with_hyperparameters_on_the_device_without_host_syncs() -> None:
-    options = {**capturable("AdamW"), "betas": tuple(torch.tensor([0.8, 0.9]).cuda().unbind())}
-    params = make_params()
-    optimizer, oracle = build("AdamW", params, options), KernelOracle("AdamW", params, **options)
-    for seed, rate in enumerate((0.5, 0.25)):
-        set_grads(params, make_grads(seed))
-        oracle.options["lr"] = rate
-        oracle.step(make_grads(seed))
-        options["lr"].fill_(rate)
-        if seed == 0:
-            optimizer.step()
-        else:
-            with no_host_sync():
-                optimizer.step()
-        oracle.check(params, states_of(optimizer, params))
-
-
-def test_tables_are_not_rewritten_while_they_are_copied() -> None:
-    params = make_params()
-    options = {**STATEFUL["AdamW"], **TRITON}
-    optimizer, oracle = build("AdamW", params, options), KernelOracle("AdamW", params, **options)
-    grads = [make_grads(seed) for seed in range(5)]
-    for seed, rate in enumerate((0.5, 0.25, 0.125, 0.75, 0.3)):
-        oracle.options["lr"] = rate
-        oracle.step(grads[seed])
-    set_grads(params, grads[0])
-    optimizer.step()
-    # The host runs ahead by all the steps below.
-    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # torch's
-    for seed, rate in enumerate((0.25, 0.125, 0.75, 0.3), 1):
-        optimizer.param_groups[0]["lr"] = rate
-        set_grads(params, grads[seed])
-        optimizer.step()
-    oracle.check(params, states_of(optimizer, params))
-
-
-@every_rule
-def test_nothing_is_compiled_while_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
-
-    params = make_params()
-    optimizer = build(name, params, {**STATEFUL[name], **TRITON})
-    compiled: list[str] = []
-
-    def count(**info: Any) -> None:
-        compiled.append(info["repr"])
-
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", count)
-    for seed in range(6):
-        group = optimizer.param_groups[0]
-        group["lr"] = 1.0 / (seed + 1)  # 1.0 first, which Triton would make a constant
-        if "betas" in group:
-            group["betas"] = (0.5 + 0.05 * seed, 0.9 + 0.01 * seed)
-        group["clipping"] = CLIPPING * (seed + 1)
-        set_grads(params, make_grads(seed))
-        if seed == 4:
-            params[1].grad = None
-        optimizer.step()
-        if seed == 1:
-            compiled.clear()
-    assert compiled == []
 
 
 def test_bf16_is_rounded_to_nearest() -> None:
@@ -198,16 +69,16 @@ def test_bf16_is_rounded_to_nearest() -> None:
 
 
 def test_auto_takes_the_kernels_and_the_torch_path_for_what_is_on_the_cpu() -> None:
-    on_gpu, on_cpu = make_params(), make_params("cpu")
+    on_gpu, on_cpu = cuda_weights(), weights(TILE_SHAPES)
     options = {**STATEFUL["AdamW"], "clipping": CLIPPING}
     optimizer = AdamW_AGC([*on_gpu, *on_cpu], **options)
-    ours = KernelOracle("AdamW", on_gpu, **options)
-    theirs = Oracle("AdamW", on_cpu, TOLERANCES["float32"], **options)
+    ours = oracle_for("AdamW", on_gpu, KERNELS, **options)
+    theirs = oracle_for("AdamW", on_cpu, CPU, **options)
     for seed in range(2):
-        set_grads(on_gpu, make_grads(seed))
-        set_grads(on_cpu, make_grads(seed, "cpu"))
+        set_grads(on_gpu, seed)
+        set_grads(on_cpu, seed)
         for oracle in (ours, theirs):
-            oracle.step(make_grads(seed))
+            oracle.step(grads_like(on_cpu, seed))
         optimizer.step()
         ours.check(on_gpu, states_of(optimizer, on_gpu))
         theirs.check(on_cpu, states_of(optimizer, on_cpu))
@@ -216,45 +87,37 @@ def test_auto_takes_the_kernels_and_the_torch_path_for_what_is_on_the_cpu() -> N
 
 
 def test_parameters_move_to_the_cpu_and_back() -> None:
-    params = make_params()
+    params = cuda_weights()
     options = {**STATEFUL["AdamW"], "clipping": CLIPPING}
     optimizer = AdamW_AGC(params, **options)
-    oracle = KernelOracle("AdamW", params, **options)
+    oracle = oracle_for("AdamW", params, KERNELS, **options)
     for seed, device in enumerate(("cuda", "cpu", "cuda")):
         saved = optimizer.state_dict()
         for p in params:
             p.grad = None
             p.data = p.data.to(device)
         optimizer.load_state_dict(saved)  # moves states to their parameters
-        set_grads(params, make_grads(seed, device))
-        oracle.step(make_grads(seed))
+        set_grads(params, seed)
+        oracle.step(grads_like(params, seed))
         optimizer.step()
         oracle.check(params, states_of(optimizer, params))
         assert (optimizer._paths.triton.plan is not None) == (device == "cuda")
 
 
-@pytest.fixture
-def warned_afresh() -> Iterator[None]:
-    routing._warn_once.cache_clear()
-    yield
-    routing._warn_once.cache_clear()
-
-
 def gaps() -> Tensor:
-    param = make_weight((3, 20)).float().cuda()[:, ::2]
-    param.grad = make_grad((3, 10)).float().cuda()
+    param = weight((3, 20), device="cuda")[:, ::2]
+    param.grad = grad_like(param)
     return param
 
 
-@pytest.mark.usefixtures("warned_afresh")
 def test_a_parameter_with_gaps_takes_the_torch_path_with_one_warning() -> None:
-    params = [gaps(), make_weight((3, 20)).float().cuda()]
-    params[1].grad = make_grad((3, 20)).float().cuda()
+    params = [gaps(), weight((3, 20), device="cuda")]
+    params[1].grad = grad_like(params[1])
     options: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "clipping": CLIPPING}
     optimizer = SGD_AGC(params, **options)
     oracles = [
-        Oracle("SGD", params[:1], TOLERANCES["float32"], **options),
-        KernelOracle("SGD", params[1:], **options),
+        oracle_for("SGD", params[:1], Place("torch", "cuda"), **options),
+        oracle_for("SGD", params[1:], KERNELS, **options),
     ]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -269,9 +132,8 @@ def test_a_parameter_with_gaps_takes_the_torch_path_with_one_warning() -> None:
     assert len(plan_of(optimizer).parts[0].entries) == 1
 
 
-@pytest.mark.usefixtures("warned_afresh")
 def test_a_sparse_gradient_takes_the_torch_path_with_one_warning() -> None:
-    param = make_weight((3, 20)).float().cuda()
+    param = weight((3, 20), device="cuda")
     optimizer = SGD_AGC([param], lr=0.5, clipping=0)
     expected = param - 0.5 * torch.eye(3, 20, device="cuda")
     param.grad = torch.eye(3, 20, device="cuda").to_sparse()
@@ -375,15 +237,15 @@ torch.cuda.synchronize()
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
 def test_clipping_and_a_learning_rate_on_another_gpu() -> None:
-    param = make_weight((3, 20)).float().to("cuda:1")
-    grad = make_grad((3, 20)).float().to("cuda:1")
+    param = weight((3, 20), device="cuda:1")
+    grad = grad_like(param)
     param.grad = grad.clone()
     adaptive_clip_grad_([param], CLIPPING)
     check_clipped(param, grad, param.grad)
     options: dict[str, Any] = {**STATEFUL["AdamW"], **TRITON}
     lr = torch.tensor(0.5, device="cuda:0")
     optimizer = build("AdamW", [param], {**options, "lr": lr, "capturable": True})
-    oracle = KernelOracle("AdamW", [param], **{**options, "lr": 0.5})
+    oracle = oracle_for("AdamW", [param], KERNELS, **{**options, "lr": 0.5})
     for rate in (0.5, 0.125):
         oracle.options["lr"] = rate
         lr.fill_(rate)
@@ -391,27 +253,3 @@ def test_clipping_and_a_learning_rate_on_another_gpu() -> None:
         oracle.step([grad])
         optimizer.step()
         oracle.check([param], states_of(optimizer, [param]))
-
-
-def test_a_dropped_plan_is_read_to_the_end_on_another_stream() -> None:
-    params = make_params()
-    options = {**STATEFUL["AdamW"], "clipping": CLIPPING}
-    optimizer = AdamW_AGC(params, **options)
-    oracle = KernelOracle("AdamW", params, **options)
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
-    for seed in range(6):
-        grads = make_grads(seed)
-        set_grads(params, grads)
-        oracle.step(grads)
-        if seed % 2 == 0:  # makes the plan here
-            optimizer.step()
-            continue
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]  # torch's
-            optimizer.step()
-        optimizer._paths.release()
-        filler = [torch.full((n,), -1, device="cuda") for n in (16, 64, 256, 1024) * 16]
-        torch.cuda.current_stream().wait_stream(stream)
-        del filler
-    oracle.check(params, states_of(optimizer, params))

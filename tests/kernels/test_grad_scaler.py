@@ -10,32 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cases import NAMES, STATEFUL, build
-from tests.support.helpers import same
-from tests.support.triton_cases import (
-    CLIPPING,
-    DEVICE,
-    TRITON,
-    KernelOracle,
-    make_grad,
-    make_weight,
-    states_of,
-)
+from tests.support.checks import oracle_for, states_of, step_with
+from tests.support.optimizers import NAMES, STATEFUL, TRITON, build, stateful
+from tests.support.places import DEVICE, KERNELS
+from tests.support.tensors import TILE_SHAPES, assign, grads_like, same, weights
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
-SHAPES = ((3, 20), (7, 1, 1, 1))
-LONG = (*SHAPES, (1, 2, 10_245))  # with a unit that is summed in parts
+SHAPES = TILE_SHAPES[:2]
+LONG = (*SHAPES, TILE_SHAPES[3])  # with a unit that is summed in parts
 SCALE = 2.0**12  # a power of two scales exactly
 every_rule = pytest.mark.parametrize("name", NAMES)
-
-
-def make_params(shapes: Any = SHAPES, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [make_weight(shape, seed=i).to(DEVICE, dtype) for i, shape in enumerate(shapes)]
-
-
-def make_grads(seed: int, shapes: Any = SHAPES, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [make_grad(s, seed=10 * seed + i).to(DEVICE, dtype) for i, s in enumerate(shapes)]
 
 
 def step_scaled(
@@ -46,8 +31,7 @@ def step_scaled(
     found_inf: float,
 ) -> None:
     """What torch.amp.GradScaler does with an optimizer that takes scaled gradients."""
-    for p, grad in zip(params, grads, strict=True):
-        p.grad = grad if scale is None else grad * scale.item()
+    assign(params, [grad if scale is None else grad * scale.item() for grad in grads])
     before = [p.grad.clone() for p in params if p.grad is not None]
     optimizer.grad_scale = scale
     optimizer.found_inf = torch.full((), found_inf, device=DEVICE)
@@ -61,13 +45,13 @@ def step_scaled(
 def test_unscales_before_it_clips(name: str, shape: tuple[int, ...] | None) -> None:
     options = {**STATEFUL[name], **TRITON}
     shapes = LONG if name == "SGD" else SHAPES
-    params = make_params(shapes)
+    params = weights(shapes, device=DEVICE)
     optimizer = build(name, params, options)
-    oracle = KernelOracle(name, params, **options)
+    oracle = oracle_for(name, params, KERNELS, **options)
     for seed in range(2):
         # None: GradScaler.unscale_ has been called before. A scaler may come with another tensor.
         scale = None if shape is None else torch.full(shape, SCALE * 2**seed, device=DEVICE)
-        grads = make_grads(seed, shapes)
+        grads = grads_like(params, seed)
         oracle.step(grads)
         step_scaled(optimizer, params, grads, scale, 0.0)
         oracle.check(params, states_of(optimizer, params))
@@ -75,13 +59,11 @@ def test_unscales_before_it_clips(name: str, shape: tuple[int, ...] | None) -> N
 
 @every_rule
 def test_norms_of_scaled_half_precision_gradients_do_not_overflow(name: str) -> None:
-    options = {**STATEFUL[name], **TRITON, "clipping": CLIPPING}
-    options |= {"eps": 0.1} if name != "SGD" else {}
-    options |= {"centered": False} if name == "RMSprop" else {}
-    params = make_params(dtype=torch.float16)
+    options = {**stateful(name, torch.float16), **TRITON}
+    params = weights(SHAPES, torch.float16, DEVICE)
     optimizer = build(name, params, options)
-    oracle = KernelOracle(name, params, **options)
-    grads = make_grads(0, dtype=torch.float16)
+    oracle = oracle_for(name, params, KERNELS, **options)
+    grads = grads_like(params, 0)
     oracle.step(grads)
     # Their squares are out of fp16's range.
     step_scaled(optimizer, params, grads, torch.tensor(128.0, device=DEVICE), 0.0)
@@ -92,16 +74,16 @@ def test_norms_of_scaled_half_precision_gradients_do_not_overflow(name: str) -> 
 @every_rule
 def test_nothing_moves_where_inf_was_found(name: str, before: int) -> None:
     options = {**STATEFUL[name], **TRITON}
-    params = make_params()
+    params = weights(SHAPES, device=DEVICE)
     optimizer = build(name, params, options)
     scale = torch.tensor(SCALE, device=DEVICE)
-    oracle = KernelOracle(name, params, **options)
+    oracle = oracle_for(name, params, KERNELS, **options)
     for seed in range(before):
-        grads = make_grads(seed)
+        grads = grads_like(params, seed)
         oracle.step(grads)
         step_scaled(optimizer, params, grads, scale, 0.0)
     kept = copy.deepcopy((params, states_of(optimizer, params)))
-    step_scaled(optimizer, params, [g * torch.inf for g in make_grads(5)], scale, 1.0)
+    step_scaled(optimizer, params, [g * torch.inf for g in grads_like(params, 5)], scale, 1.0)
     if before:
         assert same((params, states_of(optimizer, params)), kept)
     else:  # as torch.optim's fused=True leaves it: created, all zeros
@@ -110,34 +92,32 @@ def test_nothing_moves_where_inf_was_found(name: str, before: int) -> None:
             bool(x.any()) for state in states_of(optimizer, params) for x in state.values()
         )
     # The next step is the one that was skipped: the first, if none has been taken.
-    grads = make_grads(before)
+    grads = grads_like(params, before)
     oracle.step(grads)
     step_scaled(optimizer, params, grads, scale, 0.0)
     oracle.check(params, states_of(optimizer, params))
 
 
 def test_steps_after_scaled_ones_are_neither_scaled_nor_skipped() -> None:
-    params = make_params(LONG)
+    params = weights(LONG, device=DEVICE)
     options = {**STATEFUL["SGD"], **TRITON}
     optimizer = build("SGD", params, options)
-    oracle = KernelOracle("SGD", params, **options)
-    step_scaled(optimizer, params, make_grads(5, LONG), torch.tensor(SCALE, device=DEVICE), 1.0)
-    grads = make_grads(0, LONG)
+    oracle = oracle_for("SGD", params, KERNELS, **options)
+    step_scaled(optimizer, params, grads_like(params, 5), torch.tensor(SCALE, device=DEVICE), 1.0)
+    grads = grads_like(params, 0)
     oracle.step(grads)
-    for p, grad in zip(params, grads, strict=True):
-        p.grad = grad
-    optimizer.step()
+    step_with(optimizer, params, grads)
     oracle.check(params, states_of(optimizer, params))
 
 
 def test_a_skipped_first_step_keeps_momentum_undamped() -> None:
     options: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "dampening": 0.4, **TRITON}
-    params = make_params()
-    optimizer, oracle = build("SGD", params, options), KernelOracle("SGD", params, **options)
+    params = weights(SHAPES, device=DEVICE)
+    optimizer, oracle = build("SGD", params, options), oracle_for("SGD", params, KERNELS, **options)
     scale = torch.tensor(SCALE, device=DEVICE)
-    step_scaled(optimizer, params, make_grads(5), scale, 1.0)
+    step_scaled(optimizer, params, grads_like(params, 5), scale, 1.0)
     for seed in range(2):
-        grads = make_grads(seed)
+        grads = grads_like(params, seed)
         oracle.step(grads)
         step_scaled(optimizer, params, grads, scale, 0.0)
         oracle.check(params, states_of(optimizer, params))
@@ -145,25 +125,25 @@ def test_a_skipped_first_step_keeps_momentum_undamped() -> None:
 
 def test_a_late_first_gradient_after_a_skipped_step() -> None:
     options: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "dampening": 0.4, **TRITON}
-    params = make_params()
-    optimizer, oracle = build("SGD", params, options), KernelOracle("SGD", params, **options)
+    params = weights(SHAPES, device=DEVICE)
+    optimizer, oracle = build("SGD", params, options), oracle_for("SGD", params, KERNELS, **options)
     scale = torch.tensor(SCALE, device=DEVICE)
-    step_scaled(optimizer, params[:2], make_grads(5)[:2], scale, 1.0)
+    step_scaled(optimizer, params[:2], grads_like(params[:2], 5), scale, 1.0)
     for seed in range(2):
-        grads = make_grads(seed)
+        grads = grads_like(params, seed)
         oracle.step(grads)
         step_scaled(optimizer, params, grads, scale, 0.0)
         oracle.check(params, states_of(optimizer, params))
 
 
 def test_groups_that_are_not_clipped_are_unscaled_and_skipped_too() -> None:
-    params = make_params()
+    params = weights(SHAPES, device=DEVICE)
     options = {**STATEFUL["AdamW"], **TRITON, "clipping": 0}
     optimizer = build("AdamW", params, options)
-    oracle = KernelOracle("AdamW", params, **options)
+    oracle = oracle_for("AdamW", params, KERNELS, **options)
     scale = torch.tensor(SCALE, device=DEVICE)
     for seed, found_inf in enumerate((0.0, 1.0, 0.0)):
-        grads = make_grads(seed)
+        grads = grads_like(params, seed)
         if not found_inf:
             oracle.step(grads)
         step_scaled(optimizer, params, grads, scale, found_inf)
@@ -171,14 +151,14 @@ def test_groups_that_are_not_clipped_are_unscaled_and_skipped_too() -> None:
 
 
 def test_parameters_on_the_torch_path_are_scaled_and_skipped_alike() -> None:
-    params = make_params()
+    params = weights(SHAPES, device=DEVICE)
     empty = torch.zeros(0, 3, device=DEVICE)
     options = {**STATEFUL["AdamW"], **TRITON}
     optimizer = build("AdamW", [*params, empty], options)
-    oracle = KernelOracle("AdamW", params, **options)
+    oracle = oracle_for("AdamW", params, KERNELS, **options)
     scale = torch.tensor(SCALE, device=DEVICE)
     for seed, found_inf in enumerate((0.0, 1.0, 0.0)):
-        grads = make_grads(seed)
+        grads = grads_like(params, seed)
         if not found_inf:
             oracle.step(grads)
         step_scaled(optimizer, [*params, empty], [*grads, empty.clone()], scale, found_inf)
@@ -190,18 +170,17 @@ def test_parameters_on_the_torch_path_are_scaled_and_skipped_alike() -> None:
 @every_rule
 def test_grad_scaler(name: str, unscale_first: bool) -> None:
     options = {**STATEFUL[name], **TRITON}
-    params = make_params()
+    params = weights(SHAPES, device=DEVICE)
     optimizer: Any = build(name, params, options)
     assert optimizer._step_supports_amp_scaling
-    oracle = KernelOracle(name, params, **options)
+    oracle = oracle_for(name, params, KERNELS, **options)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=SCALE, growth_interval=1)
     scales = []
     for seed in range(3):
-        grads = make_grads(seed)
+        grads = grads_like(params, seed)
         scale = scaler.scale(torch.ones((), device=DEVICE)).item()
         scales.append(scale / SCALE)
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad * scale
+        assign(params, [grad * scale for grad in grads])
         if seed == 1:
             assert params[1].grad is not None
             params[1].grad[3] = torch.inf

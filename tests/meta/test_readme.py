@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from agc_triton import adaptive_clip_grad_
-from tests.support.helpers import same
+from tests.support.tensors import same
 
 README = Path(__file__).parents[2] / "README.md"
 

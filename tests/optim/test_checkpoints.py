@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.nn import Linear, Parameter
+from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, adaptive_clip_grad_
-from tests.support.helpers import OURS, PAIRS, make_params, same, set_grads, train
-from tests.support.triton_cases import DEVICE
+from agc_triton import adaptive_clip_grad_
+from tests.support.disk import on_disk
+from tests.support.optimizers import OURS, PAIRS
+from tests.support.tensors import parameters, same, set_grads
+from tests.support.training import train
 
 CLIPPING = 0.02
 AGC_KEYS = ("clipping", "agc_eps", "unit_dim")
@@ -57,13 +58,6 @@ every_option = pytest.mark.parametrize(
 )
 
 
-def on_disk(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def move(optimizer: Optimizer, params: list[Parameter], cls: Any, **options: Any) -> Any:
     """Another optimizer of class ``cls`` that goes on from a checkpoint, on copied parameters."""
     copied = [Parameter(p) for p in on_disk([p.detach() for p in params])]
@@ -75,7 +69,7 @@ def move(optimizer: Optimizer, params: list[Parameter], cls: Any, **options: Any
 @pytest.mark.parametrize("before", [0, 2])
 @every_option
 def test_resuming_does_not_change_a_bit(cls: Any, options: dict[str, Any], before: int) -> None:
-    params = make_params()
+    params = parameters()
     optimizer = PAIRS[cls](params, clipping=CLIPPING, agc_eps=0.01, **options)
     train(optimizer, params, range(before))
     resumed, copied = move(optimizer, params, PAIRS[cls])
@@ -89,7 +83,7 @@ def test_resuming_does_not_change_a_bit(cls: Any, options: dict[str, Any], befor
 @pytest.mark.parametrize("before", [0, 1, 3])
 @every_option
 def test_a_torch_run_goes_on_with_agc(cls: Any, options: dict[str, Any], before: int) -> None:
-    params = make_params()
+    params = parameters()
     theirs = cls(params, **options)
     train(theirs, params, range(before))
     ours, copied = move(theirs, params, PAIRS[cls], clipping=None)
@@ -102,7 +96,7 @@ def test_a_torch_run_goes_on_with_agc(cls: Any, options: dict[str, Any], before:
 @pytest.mark.parametrize("before", [0, 1, 3])
 @every_option
 def test_an_agc_run_goes_on_with_torch(cls: Any, options: dict[str, Any], before: int) -> None:
-    params = make_params()
+    params = parameters()
     ours = PAIRS[cls](params, clipping=0, **options)
     train(ours, params, range(before))
     theirs, copied = move(ours, params, cls)
@@ -114,9 +108,9 @@ def test_an_agc_run_goes_on_with_torch(cls: Any, options: dict[str, Any], before
 
 @every_option
 def test_to_torch_and_back_while_clipping(cls: Any, options: dict[str, Any]) -> None:
-    params = make_params(dtype=torch.float64)
+    params = parameters(dtype=torch.float64)
     optimizer: Any = PAIRS[cls](params, clipping=CLIPPING, **options)
-    torchs_params = make_params(dtype=torch.float64)
+    torchs_params = parameters(dtype=torch.float64)
     torchs = cls(torchs_params, **options)
     for seed in range(5):
         set_grads(torchs_params, seed)
@@ -146,7 +140,7 @@ def test_state_and_group_keys_are_torchs_after_each_step(
             for i, entry in state.items()
         }
 
-    ours_params, theirs_params = make_params(), make_params()
+    ours_params, theirs_params = parameters(), parameters()
     ours = PAIRS[cls](ours_params, clipping=clipping, **options)
     theirs = cls(theirs_params, **options)
     assert ours.state_dict()["state"] == theirs.state_dict()["state"] == {}
@@ -164,7 +158,7 @@ def test_state_and_group_keys_are_torchs_after_each_step(
 
 @pytest.mark.parametrize("cls", PAIRS)
 def test_a_torch_checkpoint_keeps_each_groups_agc_options(cls: Any) -> None:
-    params = make_params()
+    params = parameters()
     theirs = cls([{"params": params[:2], "lr": 0.5}, {"params": params[2:]}], lr=0.25)
     train(theirs, params, range(1))
     groups = [{"params": params[:2], "clipping": 0.5, "unit_dim": 1}, {"params": params[2:]}]
@@ -178,14 +172,14 @@ def test_a_torch_checkpoint_keeps_each_groups_agc_options(cls: Any) -> None:
 
 @pytest.mark.parametrize("cls", OURS)
 def test_its_own_checkpoint_brings_its_agc_options(cls: Any) -> None:
-    params = make_params()
+    params = parameters()
     saved = cls([{"params": params[:1], "clipping": None}, {"params": params[1:]}], clipping=0.5)
     other = cls([{"params": params[:1]}, {"params": params[1:]}], clipping=0.1, agc_eps=7.0)
     other.load_state_dict(on_disk(saved.state_dict()))
     loaded = [tuple(group[key] for key in AGC_KEYS) for group in other.param_groups]
     assert loaded == [(None, 1e-3, None), (0.5, 1e-3, None)]
     # Groups added later get what the constructor said.
-    other.add_param_group({"params": make_params(seed=1)})
+    other.add_param_group({"params": parameters(seed=1)})
     assert (other.param_groups[2]["clipping"], other.param_groups[2]["agc_eps"]) == (0.1, 7.0)
 
 
@@ -194,7 +188,7 @@ def test_its_own_checkpoint_brings_its_agc_options(cls: Any) -> None:
 def test_copies_go_on_as_the_original(
     cls: Any, options: dict[str, Any], copier: Callable[[Any], Any]
 ) -> None:
-    params = make_params()
+    params = parameters()
     groups = [{"params": params[:2], "clipping": 0.5}, {"params": params[2:]}]
     optimizer = PAIRS[cls](groups, clipping=CLIPPING, backend="torch", **options)
     train(optimizer, params, range(2))
@@ -204,7 +198,7 @@ def test_copies_go_on_as_the_original(
     assert same(optimizer.state_dict(), other.state_dict())
     for each, tensors in ((optimizer, params), (other, copied)):
         train(each, tensors, range(2, 4))
-        each.add_param_group({"params": make_params([(3, 2)], seed=7)})
+        each.add_param_group({"params": parameters([(3, 2)], seed=7)})
     assert same(params, copied)
     assert same(optimizer.state_dict(), other.state_dict())
     assert same(optimizer.defaults, other.defaults)
@@ -212,7 +206,7 @@ def test_copies_go_on_as_the_original(
 
 @pytest.mark.parametrize("cls", PAIRS)
 def test_copied_optimizers_leave_each_other_alone(cls: Any) -> None:
-    params = make_params()
+    params = parameters()
     optimizer = PAIRS[cls](params)
     train(optimizer, params, range(1))
     before = copy.deepcopy(optimizer.state_dict())
@@ -220,98 +214,3 @@ def test_copied_optimizers_leave_each_other_alone(cls: Any) -> None:
     train(other, copied, range(1, 3))
     other.param_groups[0]["clipping"] = 0.7
     assert same(optimizer.state_dict(), before)
-
-
-@pytest.mark.parametrize("cls", PAIRS)
-def test_names_are_saved_and_loaded_as_torchs(cls: Any) -> None:
-    torch.manual_seed(0)
-    model = Linear(4, 3)
-    params = list(model.parameters())
-    ours, theirs = PAIRS[cls](model.named_parameters()), cls(model.named_parameters())
-    train(ours, params, range(1))
-    checkpoint = on_disk(ours.state_dict())
-    assert checkpoint["param_groups"][0]["param_names"] == ["weight", "bias"]
-    theirs.load_state_dict(checkpoint)
-    unnamed = PAIRS[cls](model.parameters())
-    unnamed.load_state_dict(checkpoint)
-    for optimizer in (theirs, unnamed):
-        assert same(ours.state_dict(), optimizer.state_dict())
-    # A checkpoint without names leaves those there.
-    ours.load_state_dict(cls(model.parameters()).state_dict())
-    assert ours.param_groups[0]["param_names"] == ["weight", "bias"]
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("cls", PAIRS)
-def test_what_users_keep_beside_the_states_is_saved_and_loaded(cls: Any, backend: str) -> None:
-    params: list[Any] = [p.detach().to(DEVICE) for p in make_params()]
-    ours = PAIRS[cls](params, backend=backend)
-    train(ours, params, range(1))
-    for p in params:
-        ours.state[p].update(decay=torch.tensor(0.5), slow=torch.ones(2, 9))
-    checkpoint = on_disk(ours.state_dict())
-    copied: list[Any] = [p.clone() for p in params]
-    loaded, theirs = PAIRS[cls](copied, backend=backend), cls(copied)
-    for optimizer in (loaded, theirs):
-        optimizer.load_state_dict(checkpoint)
-        assert same(optimizer.state_dict()["state"], checkpoint["state"])
-    train(loaded, copied, range(1, 3))
-    train(ours, params, range(1, 3))
-    assert same(params, copied)
-    assert same(loaded.state_dict()["state"], ours.state_dict()["state"])
-
-
-@pytest.mark.parametrize("some", [False, True])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
-@pytest.mark.parametrize("cls", [Adam, AdamW, RMSprop])
-def test_steps_counted_in_integer_tensors(cls: Any, dtype: torch.dtype, some: bool) -> None:
-    def run(make: Any, **options: Any) -> Any:
-        params = make_params()
-        optimizer = make(params, **options)
-        train(optimizer, params, range(2))
-        saved = on_disk(optimizer.state_dict())
-        for entry in list(saved["state"].values())[some:]:
-            entry["step"] = entry["step"].to(dtype)
-        optimizer.load_state_dict(saved)
-        train(optimizer, params, range(2, 4))
-        return [p.detach() for p in params], optimizer.state_dict()["state"]
-
-    ours, theirs = run(PAIRS[cls], clipping=1e6), run(cls)
-    torch.testing.assert_close(ours, theirs)
-    assert ours[1][4]["step"].dtype == dtype
-
-
-OLD_GROUPS: dict[Any, dict[str, Any]] = {
-    SGD_AGC: {"lr": 0.01, "momentum": 0.9, "dampening": 0, "weight_decay": 0},
-    Adam_AGC: {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0},
-    AdamW_AGC: {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1},
-    RMSprop_AGC: {"lr": 0.01, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0, "momentum": 0},
-}
-
-
-@pytest.mark.parametrize("with_agc_options", [True, False])
-@pytest.mark.parametrize("cls", OURS)
-def test_checkpoints_that_count_steps_in_a_python_int(cls: Any, with_agc_options: bool) -> None:
-    # As torch before 1.12 and agc_optims 0.0.2 wrote them, without the options that came later.
-    params = make_params(dtype=torch.float64)
-    options = OLD_GROUPS[cls]
-    optimizer = cls(params, clipping=0.05, **options)
-    train(optimizer, params, range(3))
-
-    group = {**options, "params": list(range(len(params)))}
-    if with_agc_options:
-        group |= {"clipping": 0.05, "agc_eps": 1e-3}
-    state = on_disk(optimizer.state_dict()["state"])
-    for entry in state.values():
-        if "step" in entry:
-            entry["step"] = int(entry["step"])
-    copied = copy.deepcopy(params)
-    loaded = cls(copied, clipping=0.6 if with_agc_options else 0.05)
-    loaded.load_state_dict(on_disk({"state": state, "param_groups": [group]}))
-
-    train(optimizer, params, range(3, 6))
-    train(loaded, copied, range(3, 6))
-    torch.testing.assert_close(copied, params, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(
-        loaded.state_dict()["state"], optimizer.state_dict()["state"], rtol=1e-12, atol=1e-14
-    )

@@ -9,25 +9,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from agc_triton.torch_path import blocks
-from tests.support.cases import (
+from tests.support.checks import states_of, step_with
+from tests.support.optimizers import (
     MODES,
     NAMES,
     STATEFUL,
     STATEFUL_CASES,
     Kwargs,
     build,
-    in_order,
     low_precision,
-    make_grads,
-    randn,
-    states_of,
-    step_with,
 )
-from tests.support.helpers import OURS, make_params, nothing_changes, same
-from tests.support.triton_cases import DEVICE, on_device, tile_shapes
+from tests.support.places import DEVICE, on_device
+from tests.support.plans import tile_shapes
+from tests.support.tensors import grads_like, in_order, parameters, same, weight
 
 # numpy, which the interpreter computes with, warns of inf * 0 and of squares that overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
@@ -52,7 +48,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 Spoil = tuple[int, tuple[int, ...], float]
 
 
-def place(tensors: Sequence[Tensor], backend: str) -> list[Tensor]:
+def placed(tensors: Sequence[Tensor], backend: str) -> list[Tensor]:
     moved = [t.detach().clone() for t in tensors]
     return on_device(moved) if backend == "triton" else moved
 
@@ -128,7 +124,7 @@ def check_skips(
     options = {**options, "nonfinite": "skip_unit"}
     optimizer: Any = build(name, params, options)
     for step, spoils in enumerate(steps):
-        grads = [g.to(p.device) for p, g in zip(params, make_grads(params, step), strict=True)]
+        grads = [g.to(p.device) for p, g in zip(params, grads_like(params, step), strict=True)]
         check_step(name, optimizer, options, grads, spoils, unit_dim)
     return optimizer
 
@@ -144,7 +140,7 @@ STEPS: list[list[Spoil]] = [
 
 @every_name
 def test_skipped_units_keep_their_bits_and_others_go_on(name: str, backend: str) -> None:
-    params = place(make_params(), backend)
+    params = placed(parameters(), backend)
     check_skips(name, params, {**OPTIONS[name], "backend": backend}, STEPS)
 
 
@@ -152,12 +148,12 @@ def test_skipped_units_keep_their_bits_and_others_go_on(name: str, backend: str)
 @pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
 def test_every_mode_of_the_torch_path(name: str, mode: str) -> None:
     options = {**OPTIONS[name], **MODES[mode]}
-    check_skips(name, place(make_params(), "torch"), options, STEPS)
+    check_skips(name, placed(parameters(), "torch"), options, STEPS)
 
 
 @every_name
 def test_units_along_another_dimension_and_in_another_memory_order(name: str, backend: str) -> None:
-    params = [in_order(randn((4, 3, 2)), (2, 0, 1)), randn((3, 4))]
+    params = [in_order(weight((4, 3, 2)), (2, 0, 1)), weight((3, 4))]
     options = {**OPTIONS[name], "unit_dim": 1, "backend": backend}
     steps: list[list[Spoil]] = [[(0, (3, 2, 1), NAN)], [(0, (0, 0, 0), INF), (1, (0, 3), NAN)]]
     check_skips(name, on_device(params), options, steps, unit_dim=1)
@@ -167,7 +163,12 @@ def test_units_along_another_dimension_and_in_another_memory_order(name: str, ba
 def test_blocks_that_cut_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 16)
     monkeypatch.setattr(blocks, "PACKED", 0)
-    params = [randn((3, 50)), randn((40,)), in_order(randn((5, 3, 4)), (1, 0, 2)), randn((9, 4))]
+    params = [
+        weight((3, 50)),
+        weight((40,)),
+        in_order(weight((5, 3, 4)), (1, 0, 2)),
+        weight((9, 4)),
+    ]
     steps: list[list[Spoil]] = [
         [(0, (1, 49), NAN), (1, (20,), INF), (2, (4, 2, 3), NAN), (3, (8, 0), NAN)],
         [(0, (0, 0), INF), (0, (2, 30), INF), (2, (0, 0, 0), NAN), (3, (0, 3), NAN)],
@@ -177,7 +178,7 @@ def test_blocks_that_cut_units(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @every_name
 def test_units_that_several_programs_share_are_counted_once(name: str) -> None:
-    params = on_device([randn((2, 20_484)), randn((20_481,))])
+    params = on_device([weight((2, 20_484)), weight((20_481,))])
     options = {**OPTIONS[name], "backend": "triton"}
     steps: list[list[Spoil]] = [[(0, (1, 20_483), NAN)], [(0, (0, 9000), INF), (1, (0,), NAN)]]
     optimizer = check_skips(name, params, options, steps)
@@ -188,7 +189,7 @@ def test_units_that_several_programs_share_are_counted_once(name: str) -> None:
     "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str
 )
 def test_other_dtypes(dtype: torch.dtype, backend: str) -> None:
-    params = on_device([randn((4, 3), dtype), randn((5,), dtype)])
+    params = on_device([weight((4, 3), dtype), weight((5,), dtype)])
     options = {**OPTIONS["AdamW"], "backend": backend}
     if dtype.itemsize == 2:
         options = {**low_precision("AdamW", options)}
@@ -201,7 +202,7 @@ def test_other_dtypes(dtype: torch.dtype, backend: str) -> None:
 def test_groups_without_clipping_have_units_too(
     name: str, backend: str, clipping: float | None
 ) -> None:
-    params = place(make_params(), backend)
+    params = placed(parameters(), backend)
     options = {**OPTIONS[name], "clipping": clipping, "backend": backend}
     if backend == "torch":  # the for-loop, which is what torch.optim runs where nothing is skipped
         options["fused" if name != "RMSprop" else "foreach"] = False
@@ -213,12 +214,12 @@ def test_groups_without_clipping_have_units_too(
 def test_a_scaled_gradient_counts_as_what_it_unscales_to(
     dtype: torch.dtype, name: str, backend: str
 ) -> None:
-    params = place([randn((3, 4), dtype), randn((5,), dtype), randn((), dtype)], backend)
+    params = placed([weight((3, 4), dtype), weight((5,), dtype), weight((), dtype)], backend)
     options = {**OPTIONS[name], "backend": backend, "nonfinite": "skip_unit"}
     optimizer: Any = build(name, params, options)
     optimizer.grad_scale = torch.full((), 2.0**16, device=params[0].device)
     optimizer.found_inf = torch.zeros((), device=params[0].device)
-    large = [g.to(p.device) * 2.0**16 for p, g in zip(params, make_grads(params, 0), strict=True)]
+    large = [g.to(p.device) * 2.0**16 for p, g in zip(params, grads_like(params, 0), strict=True)]
     check_step(name, optimizer, options, large, [(0, (1, 1), NAN), (1, (0,), INF)])
     # Their squares overflow as long as they are scaled.
     finite: list[Spoil] = [(0, (0, 0), 1e20), (1, (1,), 1e20), (2, (), 1e20)]
@@ -234,7 +235,7 @@ def test_a_scaled_gradient_counts_as_what_it_unscales_to(
 
 
 def test_steps_that_grad_scaler_skips_count_nothing(backend: str) -> None:
-    params = place(make_params(), backend)
+    params = placed(parameters(), backend)
     optimizer: Any = build("AdamW", params, {"backend": backend, "nonfinite": "skip_unit"})
     optimizer.found_inf = torch.ones((), device=params[0].device)
     for p in params:
@@ -245,22 +246,8 @@ def test_steps_that_grad_scaler_skips_count_nothing(backend: str) -> None:
     assert optimizer.skipped_units == 0
 
 
-def test_counts_outlive_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = on_device([randn((3, 4)), randn((40, 30)), randn((5,))])
-    optimizer: Any = build("SGD", params, {"backend": "triton", "nonfinite": "skip_unit"})
-    expected = 0
-    for step, without in enumerate((1, 0, None, 2)):
-        for i, p in enumerate(params):
-            p.grad = None if i == without else torch.full_like(p, NAN)
-            expected += 0 if i == without else (3, 40, 1)[i]
-        optimizer.step()
-        if step % 2:
-            optimizer.load_state_dict(optimizer.state_dict())
-    assert optimizer.skipped_units == expected
-
-
 def test_the_option_can_change_between_steps(backend: str) -> None:
-    params = place([randn((3, 4))], backend)
+    params = placed([weight((3, 4))], backend)
     optimizer: Any = build("SGD", params, {"backend": backend})
     for nonfinite, expected in (("skip_unit", False), ("propagate", True)):
         optimizer.nonfinite = nonfinite
@@ -269,44 +256,3 @@ def test_the_option_can_change_between_steps(backend: str) -> None:
         optimizer.step()
         assert bool(params[0].isnan().any()) is expected
     assert optimizer.skipped_units == 1
-
-
-@pytest.mark.parametrize("mode", ["foreach", "not fused"])
-@every_name
-def test_a_step_does_not_wait_for_the_device(name: str, mode: str) -> None:
-    # Nothing can be read back from the meta device.
-    params = [torch.zeros(3, 4, device="meta"), torch.zeros(5, device="meta")]
-    options = {**OPTIONS[name], **MODES[mode], "nonfinite": "skip_unit"}
-    if name == "RMSprop":
-        options["foreach"] = mode == "foreach"
-        options.pop("fused", None)
-    optimizer: Any = build(name, params, options)
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        print(optimizer.skipped_units)
-
-
-def test_derivatives_go_past_skipped_units() -> None:
-    param = randn((3, 4)).requires_grad_()
-    value = param * 1.0
-    optimizer: Any = build(
-        "AdamW", [value.detach()], {**OPTIONS["AdamW"], "nonfinite": "skip_unit"}, "differentiable"
-    )
-    optimizer.param_groups[0]["params"] = [value]
-    value.grad = randn((3, 4), seed=1)
-    value.grad[1, 2] = NAN
-    optimizer.step()
-    (derivative,) = torch.autograd.grad(value.sum(), param)
-    assert torch.equal(derivative[1], torch.ones(4))
-    assert bool(derivative.isfinite().all())
-
-
-@pytest.mark.parametrize("cls", OURS)
-def test_sparse_gradients_cannot_be_skipped(cls: Any) -> None:
-    param = Parameter(randn((4, 3)))
-    optimizer = cls([param], clipping=0, nonfinite="skip_unit")
-    param.grad = torch.ones(4, 3).to_sparse(1)
-    with nothing_changes([param], optimizer), pytest.raises(RuntimeError, match="skip_unit"):
-        optimizer.step()

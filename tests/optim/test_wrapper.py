@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import LBFGS, SGD, Adagrad, AdamW, Optimizer, SparseAdam
+from torch.optim import LBFGS, SGD, Adagrad, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import StepLR
 
 from agc_triton import AGC, adaptive_clip_grad_
-from tests.support.helpers import PAIRS, make_params, random_grad, same, set_grads, train
+from tests.support.tensors import grad_like, parameters, same, set_grads
+from tests.support.training import train
 
 CLIPPING = 0.02
 Closure = Callable[[], float]
@@ -79,7 +78,7 @@ def backward(params: list[Parameter], seed: int = 0) -> Tensor:
     """A loss whose gradient depends on the parameters; rows are under and over their limits."""
     for p in params:
         p.grad = None
-    loss = sum(((p - 3) ** 2 * random_grad(p, seed)).sum() for p in params)
+    loss = sum(((p - 3) ** 2 * grad_like(p, seed)).sum() for p in params)
     assert isinstance(loss, Tensor)
     torch.autograd.backward(loss)
     return loss
@@ -87,11 +86,11 @@ def backward(params: list[Parameter], seed: int = 0) -> Tensor:
 
 def params_for(cls: Any) -> list[Parameter]:
     # Muon takes matrices only.
-    return make_params([(6, 5), (4, 3)]) if cls.__name__ == "Muon" else make_params()
+    return parameters([(6, 5), (4, 3)]) if cls.__name__ == "Muon" else parameters()
 
 
 def sgd(**options: Any) -> tuple[list[Parameter], SGD]:
-    params = make_params()
+    params = parameters()
     return params, SGD(params, lr=0.1, momentum=0.9, **options)
 
 
@@ -134,10 +133,10 @@ def test_steps_as_the_base_does_on_clipped_gradients(
 def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
     cls: Any, coalesced: bool
 ) -> None:
-    (ours,), (theirs,) = make_params([(7, 4)]), make_params([(7, 4)])
+    (ours,), (theirs,) = parameters([(7, 4)]), parameters([(7, 4)])
     wrapped, base = AGC(cls([ours], lr=0.1), CLIPPING), cls([theirs], lr=0.1)
     for seed in range(3):
-        values = random_grad(torch.empty(5, 4), seed)
+        values = grad_like(torch.empty(5, 4), seed)
         for param in (ours, theirs):
             grad = torch.sparse_coo_tensor(
                 torch.tensor([[5, 1, 5, 2, 1]]), values.clone(), (7, 4), check_invariants=True
@@ -147,13 +146,13 @@ def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
         wrapped.step()
         base.step()
     assert same(ours, theirs)
-    before = make_params([(7, 4)])[0]
+    before = parameters([(7, 4)])[0]
     moved = (ours != before).any(dim=1)
     assert moved.tolist() == [False, True, True, False, False, True, False]
 
 
 def test_third_party_optimizers_keep_their_own_ways() -> None:
-    ours, theirs = make_params(), make_params()
+    ours, theirs = parameters(), parameters()
     wrapped, base = AGC(SharpnessAware(ours), CLIPPING), SharpnessAware(theirs)
 
     def evaluate_and_clip() -> Tensor:
@@ -169,7 +168,7 @@ def test_third_party_optimizers_keep_their_own_ways() -> None:
     assert wrapped.updates == 3
     saved = wrapped.state_dict()
     assert saved["updates"] == 3
-    again = AGC(SharpnessAware(make_params()), clipping=0.5)
+    again = AGC(SharpnessAware(parameters()), clipping=0.5)
     again.load_state_dict(saved)
     assert again.updates == 3
     assert again.param_groups[0]["clipping"] == CLIPPING
@@ -208,7 +207,7 @@ def test_a_base_that_wraps_another_and_calls_no_hooks_is_clipped(with_closure: b
 
 
 def test_zero_grad_works_where_the_base_takes_no_argument() -> None:
-    params = make_params()
+    params = parameters()
     set_grads(params, 0)
     AGC(SharpnessAware(params)).zero_grad()
     assert all(p.grad is None for p in params)
@@ -273,134 +272,3 @@ def test_asking_for_anything_before_there_is_a_base_is_an_attribute_error() -> N
     # As pickle and copy make it; a look-up on a base that is not there would not end.
     with pytest.raises(AttributeError, match="optimizer"):
         _ = AGC.__new__(AGC).anything
-
-
-def test_group_settings_come_before_the_wrappers() -> None:
-    params = make_params([(4, 3)] * 4)
-    groups: list[dict[str, Any]] = [
-        {"params": params[:1]},
-        {"params": params[1:2], "clipping": 0.5},
-        {"params": params[2:3], "clipping": 0.0},
-    ]
-    base = SGD(groups, lr=1.0)
-    wrapped = AGC(base, clipping=0.1, agc_eps=0.01, unit_dim=1)
-    wrapped.add_param_group({"params": params[3:], "unit_dim": 0, "agc_eps": 100.0})
-    expected = [(0.1, 0.01, 1), (0.5, 0.01, 1), (0.0, 0.01, 1), (0.1, 100.0, 0)]
-    keys = ("clipping", "agc_eps", "unit_dim")
-    assert [tuple(g[k] for k in keys) for g in base.param_groups] == expected
-    before = [p.detach().clone() for p in params]
-    for p in params:
-        p.grad = torch.full_like(p, 1000.0)
-    wrapped.step()
-    moves = [b - p.detach() for b, p in zip(before, params, strict=True)]
-    for i, clipping in ((0, 0.1), (1, 0.5)):
-        limit = clipping * before[i].norm(dim=0)
-        torch.testing.assert_close(moves[i].norm(dim=0), limit, rtol=1e-5, atol=1e-6)
-    assert torch.equal(params[2].detach(), before[2] - 1000.0)
-    torch.testing.assert_close(moves[3].norm(dim=1), torch.full((4,), 10.0), rtol=1e-5, atol=0)
-
-
-def test_a_group_changed_between_steps_is_heeded() -> None:
-    (param,) = make_params([(4, 3)])
-    wrapped = AGC(SGD([param], lr=1.0), clipping=0.1)
-    for clipping in (0.1, 0.5, None):
-        wrapped.param_groups[0]["clipping"] = clipping
-        before = param.detach().clone()
-        param.grad = torch.full_like(param, 1000.0)
-        wrapped.step()
-        limit = torch.full((4,), 3e6**0.5) if clipping is None else clipping * before.norm(dim=1)
-        moved = (before - param.detach()).norm(dim=1)
-        torch.testing.assert_close(moved, limit, rtol=1e-4, atol=0)
-
-
-def test_parameters_without_a_gradient_stay_as_they_are() -> None:
-    params, base = sgd()
-    wrapped = AGC(base)
-    wrapped.step()
-    set_grads(params[:1], 0)
-    wrapped.step()
-    assert same(params[1:], make_params()[1:])
-    assert set(wrapped.state) == {params[0]}
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-@pytest.mark.parametrize("cls", [SGD, AdamW, Adagrad])
-def test_copies_go_on_as_the_original(cls: Any, copier: Callable[[Any], Any]) -> None:
-    params = make_params()
-    groups = [{"params": params[:2], "clipping": 0.5}, {"params": params[2:]}]
-    wrapped = AGC(cls(groups), CLIPPING, agc_eps=0.1, unit_dim=0)
-    train(wrapped, params, range(2))
-    params2, wrapped2 = copier((params, wrapped))
-    assert type(wrapped2) is AGC
-    assert type(wrapped2.optimizer) is cls
-    assert wrapped2.optimizer is not wrapped.optimizer
-    for optimizer, tensors in ((wrapped, params), (wrapped2, params2)):
-        train(optimizer, tensors, range(2, 4))
-    assert same(params, params2)
-    assert same(wrapped.state_dict(), wrapped2.state_dict())
-
-
-def saved_and_loaded(state_dict: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize("through_base", [False, True])
-@pytest.mark.parametrize("cls", PAIRS)
-def test_a_plain_checkpoint_keeps_the_settings(cls: Any, through_base: bool) -> None:
-    params = make_params()
-    plain = cls(params, lr=0.05)
-    train(plain, params, range(2))
-    checkpoint = saved_and_loaded(plain.state_dict())
-
-    ours = copy.deepcopy(params)
-    groups = [{"params": ours, "clipping": 0.5}]
-    wrapped = AGC(cls(groups, lr=9.0), CLIPPING, agc_eps=0.1, unit_dim=0)
-    (wrapped.optimizer if through_base else wrapped).load_state_dict(checkpoint)
-    for seed in (2, 3):
-        set_grads(params, seed)
-        adaptive_clip_grad_(params, 0.5, 0.1, unit_dim=0)
-        plain.step()
-    train(wrapped, ours, range(2, 4))
-    (group,) = wrapped.param_groups
-    settings = tuple(group[key] for key in ("lr", "clipping", "agc_eps", "unit_dim"))
-    assert settings == (0.05, 0.5, 0.1, 0)
-    assert same(ours, params)
-    assert same(wrapped.state_dict()["state"], plain.state_dict()["state"])
-
-
-@pytest.mark.parametrize("cls", PAIRS)
-def test_its_checkpoints_load_into_the_plain_base_and_the_wrapper(cls: Any) -> None:
-    params = make_params()
-    wrapped = AGC(cls(params), CLIPPING)
-    train(wrapped, params, range(2))
-    plain_params, again_params = copy.deepcopy(params), copy.deepcopy(params)
-    plain, again = cls(plain_params), AGC(cls(again_params), clipping=0.7)
-    for loader in (plain, again):
-        loader.load_state_dict(saved_and_loaded(wrapped.state_dict()))
-    set_grads(plain_params, 2)
-    adaptive_clip_grad_(plain_params, CLIPPING)
-    plain.step()
-    train(wrapped, params, range(2, 3))
-    train(again, again_params, range(2, 3))
-    assert same(params, plain_params)
-    assert same(params, again_params)
-
-
-@pytest.mark.parametrize("cls", PAIRS)
-def test_agrees_with_the_class_of_the_same_name(cls: Any) -> None:
-    ours, theirs = make_params(dtype=torch.float64), make_params(dtype=torch.float64)
-    wrapped, fused = AGC(cls(ours), CLIPPING), PAIRS[cls](theirs, clipping=CLIPPING)
-    for seed in range(4):
-        train(wrapped, ours, range(seed, seed + 1))
-        train(fused, theirs, range(seed, seed + 1))
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_repr_shows_the_base_with_the_settings() -> None:
-    _, base = sgd()
-    text = repr(AGC(base, clipping=0.25))
-    assert text.startswith("AGC(SGD (")
-    assert "clipping: 0.25" in text

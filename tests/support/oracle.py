@@ -61,7 +61,9 @@ class Rounded:
     def __truediv__(self, other: Rounded | float) -> Rounded:
         b = self._operand(other)
         value = self.value / b.value
-        error = (self.error + np.abs(value) * b.error) / (np.abs(b.value) - b.error)
+        # A divisor that may be 0 bounds nothing: 2**40 times itself stands for that.
+        least = np.maximum(np.abs(b.value) - b.error, (np.abs(b.value) + b.error) * 2**-40)
+        error = (self.error + np.abs(value) * b.error) / least
         return rounded(value, error, self.dtype)
 
     def __pow__(self, exponent: float) -> Rounded:

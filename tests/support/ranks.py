@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.support.interpreter import interpret_without_gpu
+
 RANKS = 2
 TIMEOUT = timedelta(minutes=1)  # where one rank fails and the other waits for it
 
 
 def _run(rank: int, work: Callable[[int], Any], folder: str) -> None:
     torch.set_num_threads(1)
+    interpret_without_gpu()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

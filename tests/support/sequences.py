@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from tests.optim.test_checkpoints import on_disk
-from tests.support.cases import build, make_grad, randn, tolerance_key
-from tests.support.helpers import same
+from tests.support.checks import oracle_for
+from tests.support.disk import on_disk
+from tests.support.guards import Guarded
+from tests.support.optimizers import build
 from tests.support.oracle import Oracle
-from tests.support.tolerances import TOLERANCES
-from tests.support.triton_cases import DEVICE, Guarded, KernelOracle
-from tests.support.triton_training import Training, options_of
-from tests.torch_path.test_layouts import GRADS
+from tests.support.places import DEVICE, Place
+from tests.support.tensors import GRAD_LAYOUTS, grad_like, same, weight
+from tests.support.training import Training, options_of
 
 # What parameters are cast between.
 WIDE, NARROW = (torch.float32, torch.float64), (torch.float32, torch.float16, torch.bfloat16)
@@ -101,14 +101,14 @@ class Loop(Training):
         # Some are alike, to be exchanged; some are empty, which kernels do not take.
         shape = self.draw([(3, 2), shape, shape, (0, 2)])
         param = Parameter(torch.empty(shape, dtype=self.draw(self.dtypes), device=self.device))
-        self._place(param, randn(shape, param.dtype, self.seed))
+        self._place(param, weight(shape, param.dtype, seed=self.seed))
         self.kept[param] = param.detach().clone(), {}
         return param
 
     def _place(self, param: Tensor, values: Tensor) -> None:
         """Put the parameter elsewhere in memory; what is left behind must stay as it is."""
         given = self.data.draw(strided(values.cpu(), self.backend == "torch"))
-        home = Guarded(given, self.draw([0, 1, 4]), self.device)
+        home = Guarded(given.to(self.device), self.draw([0, 1, 4]))
         param.data = home.tensor
         if param in self.homes:
             self._leave(self.homes[param])
@@ -125,32 +125,28 @@ class Loop(Training):
                 param.grad.fill_(torch.nan)
             self.seed += 1
             kind = self.draw(["like", "strided", "expanded", "partly expanded", "none"])
-            values = make_grad(param.detach().cpu(), self.seed)
+            values = grad_like(param.detach(), self.seed)
             if kind == "none" or not param.requires_grad:
                 param.grad = None
-            elif kind in GRADS and values.numel():
-                param.grad = GRADS[kind](values.to(self.device))
+            elif kind in GRAD_LAYOUTS and values.numel():
+                param.grad = GRAD_LAYOUTS[kind](values)
             elif kind == "like":
                 param.grad = torch.empty_like(param).copy_(values)
             else:
-                given = self.data.draw(strided(values, holes=True))
-                self.left.append(Guarded(given, self.draw([0, 1]), self.device))
+                given = self.data.draw(strided(values.cpu(), holes=True))
+                self.left.append(Guarded(given.to(self.device), self.draw([0, 1])))
                 param.grad = self.left[-1].tensor
 
     def oracle(self, p: Tensor, group: Mapping[str, Any]) -> Oracle:
         options = options_of(self.name, group)
         value, state = self.kept[p]
-        if self.backend == "triton":
-            oracle: Oracle = KernelOracle(self.name, [p], **options)
-        else:
-            # What is not dense, or laid out unlike its states, is not for torch's fused kernels.
-            states = self.optimizer.state.get(p, {})
-            laid_out = [torch.empty_like(p), *(x for key, x in states.items() if key != "step")]
-            alike = all(x.stride() == p.stride() for x in laid_out)
-            fused = alike and group["clipping"] and not group["foreach"]
-            mode = "default" if fused else "not fused"
-            key = tolerance_key(p.dtype, self.name, options, mode)
-            oracle = Oracle(self.name, [p], TOLERANCES[key], **options)
+        # What is not dense, or laid out unlike its states, is not for torch's fused kernels.
+        states = self.optimizer.state.get(p, {})
+        laid_out = [torch.empty_like(p), *(x for key, x in states.items() if key != "step")]
+        alike = all(x.stride() == p.stride() for x in laid_out)
+        fused = alike and group["clipping"] and not group["foreach"]
+        mode = "default" if fused else "not fused"
+        oracle = oracle_for(self.name, [p], Place(self.backend, self.device), mode, **options)
         oracle.load([value], [state])
         return oracle
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support.cases import NAMES, STATEFUL, build
-from tests.support.helpers import PAIRS, same
+from tests.support.optimizers import NAMES, PAIRS, STATEFUL, build
+from tests.support.places import DEVICE
 from tests.support.ranks import RANKS, on_ranks
-from tests.support.triton_cases import DEVICE
+from tests.support.tensors import same
 
 STEPS = 3
 AGC: dict[str, Any] = {"clipping": 0.02}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cases import NAMES, STATEFUL, build, randn
-from tests.support.helpers import same
+from tests.support.optimizers import NAMES, STATEFUL, build
 from tests.support.ranks import RANKS, on_ranks
+from tests.support.tensors import same, weight
 
 # Along the units, and across them: then both ranks hold a part of the unit with the NaN.
 SHARDED = (0, 1)
@@ -20,9 +20,9 @@ CASES = list(itertools.product(NAMES, ("raise", "skip_unit"), SHARDED))
 
 def start() -> tuple[Tensor, Tensor]:
     """A weight, and a gradient whose last element, on the last rank only, is NaN."""
-    weight, grad = (randn((4, 6), torch.float64, seed) for seed in range(2))
+    param, grad = (weight((4, 6), torch.float64, seed=seed) for seed in range(2))
     grad[3, 5] = torch.nan
-    return weight, grad
+    return param, grad
 
 
 def options(name: str, nonfinite: str) -> dict[str, Any]:

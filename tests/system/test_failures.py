@@ -12,10 +12,12 @@ from torch.nn import Parameter
 
 import agc_triton.triton_path.launches
 from agc_triton import SGD_AGC
-from tests.optim.test_checkpoints import on_disk
-from tests.support.cases import NAMES, STATEFUL, STATEFUL_CASES, build
-from tests.support.helpers import OURS, make_params, nothing_changes, same, set_grads, train
-from tests.support.triton_cases import DEVICE, make_weight
+from tests.support.checks import nothing_changes
+from tests.support.disk import on_disk
+from tests.support.optimizers import NAMES, OURS, STATEFUL, STATEFUL_CASES, build
+from tests.support.places import DEVICE
+from tests.support.tensors import parameters, same, set_grads, weight
+from tests.support.training import train
 
 BACKENDS = ("torch", "triton")
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -23,7 +25,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def on_backend(backend: str, seed: int = 0) -> list[Any]:
-    params = make_params(seed=seed)
+    params = parameters(seed=seed)
     return [p.data.to(DEVICE) for p in params] if backend == "triton" else list(params)
 
 
@@ -97,7 +99,7 @@ def test_out_of_memory_on_the_torch_path_beside_the_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The kernels take no empty parameters.
-    params = [make_weight((3, 4)).to(DEVICE), torch.zeros(0, 3, device=DEVICE)]
+    params = [weight((3, 4), torch.float64, DEVICE), torch.zeros(0, 3, device=DEVICE)]
     optimizer = stateful("SGD", params, "triton")
     set_grads(params, 0)
     with monkeypatch.context() as patch:
@@ -144,7 +146,7 @@ def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
     # A merged plan has one bucket for shapes as small as these.
     monkeypatch.setattr(agc_triton.triton_path.buckets, "LAUNCH_ELEMENTS", -float("inf"))
     shapes = ((2, 20), (3, 300))
-    params, others = ([make_weight(s).float().to(DEVICE) for s in shapes] for _ in range(2))
+    params, others = ([weight(s, device=DEVICE) for s in shapes] for _ in range(2))
     optimizer, expected = (stateful(name, tensors, backend) for tensors in (params, others))
     train(optimizer, params, range(2))
     train(expected, others, range(4))
@@ -181,7 +183,7 @@ def test_what_interrupts_the_first_norms_changes_nothing(
 @every_name
 def test_a_hyperparameter_that_is_none_changes_nothing(name: str) -> None:
     key = {"SGD": "dampening", "RMSprop": "eps"}.get(name, "betas")
-    params, others = make_params(), make_params()
+    params, others = parameters(), parameters()
     optimizer, expected = (
         stateful(name, [{"params": p[:2]}, {"params": p[2:]}]) for p in (params, others)
     )
@@ -261,7 +263,7 @@ def test_checkpoints_that_do_not_fit_load_nothing(
 @pytest.mark.parametrize("saver", OURS)
 @pytest.mark.parametrize("loader", OURS)
 def test_checkpoints_of_other_optimizers(saver: Any, loader: Any) -> None:
-    params, others = make_params(), make_params()
+    params, others = parameters(), parameters()
     optimizer, other = loader(params), saver(others)
     train(optimizer, params, range(1))
     train(other, others, range(1))
@@ -276,7 +278,7 @@ def test_checkpoints_of_other_optimizers(saver: Any, loader: Any) -> None:
 
 @pytest.mark.parametrize("key", ["state", "param_groups"])
 def test_truncated_checkpoints_load_nothing(key: str) -> None:
-    params: list[Parameter] = make_params()
+    params: list[Parameter] = parameters()
     optimizer = SGD_AGC(params, momentum=0.9)
     train(optimizer, params, range(1))
     saved = on_disk(optimizer.state_dict())
@@ -300,7 +302,7 @@ def test_every_checkpoint_loads_with_weights_only(name: str, backend: str) -> No
 def test_a_misshapen_state_of_the_last_group_is_refused(
     name: str, mode: str, clipping: float
 ) -> None:
-    params = [p.data for p in make_params([(6, 5), (4, 3)])]
+    params = [p.data for p in parameters([(6, 5), (4, 3)])]
     groups = [{"params": params[:1]}, {"params": params[1:], "clipping": clipping}]
     optimizer = build(name, groups, STATEFUL[name], mode)
     train(optimizer, params, range(2))

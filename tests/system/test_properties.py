@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from agc_triton import adaptive_clip_grad_
-from tests.support.cases import MODES, build
+from tests.support.optimizers import MODES, build
 from tests.support.oracle import as_float64, clip, exact
 from tests.support.tolerances import TOLERANCES
 

@@ -19,19 +19,12 @@ import torch
 import agc_triton.clipping
 from agc_triton import adaptive_clip_grad_
 from agc_triton.triton_path.launches import Launch
-from tests.support.cases import NAMES, STATEFUL, build
-from tests.support.helpers import make_params as parameters
-from tests.support.helpers import same, train
-from tests.support.triton_cases import (
-    CLIPPING,
-    DEVICE,
-    bound_args,
-    check_clipped,
-    make_grad,
-    make_weight,
-    plan_of,
-)
-from tests.support.triton_training import make_params
+from tests.support.checks import check_clipped
+from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, build
+from tests.support.places import DEVICE, few_weights
+from tests.support.plans import bound_args, plan_of
+from tests.support.tensors import grad_like, parameters, same, weight
+from tests.support.training import train
 
 THREADS = 2
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -65,7 +58,7 @@ class Recorded:
     now = threading.local()
 
     def __init__(self, name: str, seed: int) -> None:
-        self.params = make_params(seed=seed)
+        self.params = few_weights(seed=seed)
         halves = ({"params": self.params[:1], "clipping": 0.2}, {"params": self.params[1:]})
         options = {**STATEFUL[name], "backend": "triton", "nonfinite": "skip_unit"}
         self.optimizer: Any = build(name, halves, options)
@@ -79,7 +72,7 @@ class Recorded:
             self.optimizer.param_groups[0]["unit_dim"] = step // 4 % 2
             self.optimizer.param_groups[1]["lr"] = self.seed + step / 8
             for i, p in enumerate(self.params):
-                p.grad = make_grad(p.shape).to(DEVICE, p.dtype) if step >> i & 1 else None
+                p.grad = grad_like(p) if step >> i & 1 else None
             self.optimizer.step()
         return self.launches
 
@@ -153,9 +146,9 @@ def test_the_other_thread_clips_more_lists_than_plans_are_kept_for(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agc_triton.clipping, "_clippers", Emptied())
-    param = make_weight((3, 4)).to(DEVICE, torch.float32)
+    param = weight((3, 4), torch.float32, DEVICE)
     for seed in range(2):
-        grad = make_grad((3, 4), seed=seed).to(DEVICE, torch.float32)
+        grad = grad_like(param, seed)
         param.grad = grad.clone()
         adaptive_clip_grad_(param, CLIPPING, backend=backend)
         check_clipped(param, grad, param.grad)

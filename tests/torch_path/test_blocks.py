@@ -11,21 +11,10 @@ from torch import Tensor
 
 from agc_triton import adaptive_clip_grad_
 from agc_triton.torch_path import blocks
-from tests.support.cases import (
-    CLIPPING,
-    NAMES,
-    STATEFUL,
-    STATEFUL_CASES,
-    build,
-    check_steps,
-    in_order,
-    make_grad,
-    make_grads,
-    randn,
-    states_of,
-    step_with,
-)
+from tests.support.checks import check_steps, states_of, step_with
+from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, STATEFUL_CASES, build
 from tests.support.oracle import AGC, Oracle, as_float64, assert_within, clip, exact
+from tests.support.tensors import grad_like, grads_like, in_order, weight
 from tests.support.tolerances import TOLERANCES
 
 # Block sizes one short of, at and one beyond every place where the walk changes its course.
@@ -35,19 +24,19 @@ MANY_ROWS = (2, 3, 4, 39, 40, 41, 59, 60, 61, 119, 120, 121)  # 40 rows of 3
 COLUMNS = (1, 7, 8, 9, 15, 16, 17, 23, 24, 25)  # 3 times 4 units of 2
 ONE_UNIT = (1, 12, 18, 19, 36, 37, 38)  # of 37
 WALKS: dict[str, tuple[Callable[[], Tensor], int | None, tuple[int, ...]]] = {
-    "rows": (lambda: randn((6, 5)), None, ROWS),
-    "channels_last": (lambda: in_order(randn((6, 5, 1, 1)), (0, 2, 3, 1)), None, ROWS),
+    "rows": (lambda: weight((6, 5)), None, ROWS),
+    "channels_last": (lambda: in_order(weight((6, 5, 1, 1)), (0, 2, 3, 1)), None, ROWS),
     "channels_last filters": (
-        lambda: in_order(randn((6, 2, 1, 3)), (0, 2, 3, 1)),
+        lambda: in_order(weight((6, 2, 1, 3)), (0, 2, 3, 1)),
         None,
         FILTERS,
     ),
-    "permuted rows": (lambda: in_order(randn((5, 6)), (1, 0)), 1, ROWS),
-    "many rows": (lambda: randn((40, 3)), None, MANY_ROWS),
-    "columns": (lambda: randn((3, 4, 2)), 1, COLUMNS),
-    "permuted columns": (lambda: in_order(randn((4, 3, 2)), (1, 0, 2)), None, COLUMNS),
-    "one unit": (lambda: randn((37,)), None, ONE_UNIT),
-    "complex rows": (lambda: randn((6, 5), torch.complex64), None, (*ROWS, 59, 60, 61)),
+    "permuted rows": (lambda: in_order(weight((5, 6)), (1, 0)), 1, ROWS),
+    "many rows": (lambda: weight((40, 3)), None, MANY_ROWS),
+    "columns": (lambda: weight((3, 4, 2)), 1, COLUMNS),
+    "permuted columns": (lambda: in_order(weight((4, 3, 2)), (1, 0, 2)), None, COLUMNS),
+    "one unit": (lambda: weight((37,)), None, ONE_UNIT),
+    "complex rows": (lambda: weight((6, 5), torch.complex64), None, (*ROWS, 59, 60, 61)),
 }
 CASES = [case for case in STATEFUL_CASES if case[1] in ("default", "not fused")]
 
@@ -64,7 +53,7 @@ def trajectory(name: str, walk: str) -> list[Oracle]:
     make, unit_dim, _ = WALKS[walk]
     param, options = make(), {**STATEFUL[name], "clipping": CLIPPING, "unit_dim": unit_dim}
     oracle = Oracle(name, [param], TOLERANCES["float32"], **options)
-    return oracle.trajectory(make_grads([param], step) for step in range(2))
+    return oracle.trajectory(grads_like([param], step) for step in range(2))
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -79,7 +68,7 @@ def test_blocks_follow_the_oracle(
         options = {**STATEFUL[name], "clipping": CLIPPING, "unit_dim": unit_dim}
         optimizer = build(name, params, options, mode)
         for step, oracle in enumerate(trajectory(name, walk)):
-            step_with(optimizer, params, make_grads(params, step))
+            step_with(optimizer, params, grads_like(params, step))
             oracle.check(params, states_of(optimizer, params))
 
 
@@ -90,7 +79,7 @@ def test_the_functional_form_follows_the_oracle(monkeypatch: pytest.MonkeyPatch,
     for block in sizes:
         cut(monkeypatch, block)
         param = make()
-        param.grad = in_order(make_grad(param, 0), range(param.dim()))
+        param.grad = in_order(grad_like(param, 0), range(param.dim()))
         p, g = (exact(as_float64(t), tolerance.norms) for t in (param, param.grad))
         expected = clip(p, g, param.shape, options, tolerance.stored)
         adaptive_clip_grad_(param, CLIPPING, unit_dim=unit_dim)
@@ -109,14 +98,14 @@ def test_batches_of_small_tensors(
         *((7,), (8,), (9,), (), (8, 1, 1), (1, 9), (2, 4), (2, 2, 2), (4, 2), (3, 3)),
         *((8, 1, 1), (3, 2), (7,), (), (1, 4)),  # units that look like others'
     )
-    check_steps(name, "default", [randn(shape, dtype, i) for i, shape in enumerate(shapes)])
+    check_steps(name, "default", [weight(shape, dtype, seed=i) for i, shape in enumerate(shapes)])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_larger_than_a_block(name: str) -> None:
     rows, inner = blocks.BLOCK // 1000 + 6, blocks.BLOCK // 10_000 + 1
-    params = [randn((rows, 1000)), in_order(randn((10, 1000, inner)), (2, 0, 1))]
+    params = [weight((rows, 1000)), in_order(weight((10, 1000, inner)), (2, 0, 1))]
     assert all(p.numel() > blocks.BLOCK for p in params)
-    one_unit = randn((blocks.PACKED + 1,))
+    one_unit = weight((blocks.PACKED + 1,))
     # Among so many elements L2 decay would cancel some gradients to nothing but rounding.
     check_steps(name, "default", [*params, one_unit], weight_decay=0.0)

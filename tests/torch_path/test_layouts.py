@@ -9,24 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cases import (
-    CLIPPING,
-    STATEFUL,
-    STATEFUL_CASES,
-    build,
-    check_steps,
-    in_order,
-    make_grads,
-    randn,
-    states_of,
-    step_with,
-)
+from tests.support.checks import check_steps, oracle_for, states_of, step_with
+from tests.support.optimizers import CLIPPING, STATEFUL, STATEFUL_CASES, build
 from tests.support.oracle import Oracle
+from tests.support.places import Place
+from tests.support.tensors import GRAD_LAYOUTS, grads_like, in_order
 from tests.support.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("either_block")
 
-CASES = [(name, mode) for name, mode in STATEFUL_CASES if mode != "differentiable"]
+# Adam's tensors go the way of AdamW's, and fused=True goes the default way.
+CASES = [
+    (name, mode)
+    for name, mode in STATEFUL_CASES
+    if name != "Adam" and mode in ("default", "foreach", "not fused")
+]
 all_cases = pytest.mark.parametrize(("name", "mode"), CASES)
 
 
@@ -49,16 +46,16 @@ SHAPES = [
 
 
 @all_cases
-def test_shapes(name: str, mode: str) -> None:
-    check_steps(name, mode, [randn(shape, seed=i) for i, shape in enumerate(SHAPES)])
+def test_shapes(name: str, mode: str, torch_place: Place) -> None:
+    check_steps(name, mode, torch_place.weights(SHAPES))
 
 
 # As ConvTranspose1d, 2d and 3d store their weights (in, out, ...), and beyond.
 @pytest.mark.parametrize("unit_dim", [1, -1, -2, 2])
 @all_cases
-def test_unit_dims(name: str, mode: str, unit_dim: int) -> None:
+def test_unit_dims(name: str, mode: str, unit_dim: int, torch_place: Place) -> None:
     shapes = ((3, 4, 2), (3, 4, 2, 2), (2, 3, 1, 2, 2), (1, 3, 4), (4, 1, 1, 1), (6,), ())
-    params = [randn(shape, seed=i) for i, shape in enumerate(shapes)]
+    params = torch_place.weights(shapes)
     check_steps(name, mode, params, unit_dim=unit_dim)
 
 
@@ -74,35 +71,34 @@ ORDERS = [
 ]
 
 
-def permuted(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [in_order(randn(shape, dtype, i), order) for i, (shape, order) in enumerate(ORDERS)]
+def permuted(place: Place, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    params = place.weights([shape for shape, _ in ORDERS], dtype)
+    return [in_order(p, order) for p, (_, order) in zip(params, ORDERS, strict=True)]
 
 
 @pytest.mark.parametrize("unit_dim", [0, 1])
 @all_cases
-def test_dense_parameters_of_any_memory_order(name: str, mode: str, unit_dim: int) -> None:
-    params = permuted()
+def test_dense_parameters_of_any_memory_order(
+    name: str, mode: str, unit_dim: int, torch_place: Place
+) -> None:
+    params = permuted(torch_place)
     assert params[4].is_contiguous(memory_format=torch.channels_last)
     assert params[5].is_contiguous(memory_format=torch.channels_last_3d)
     check_steps(name, mode, params, unit_dim=unit_dim)
 
 
-GRADS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": Tensor.contiguous,
-    "transposed": lambda g: in_order(g, range(g.dim())[::-1]),
-    "expanded": lambda g: g.flatten()[0].expand(g.shape),
-    "partly expanded": lambda g: g[:1].expand(g.shape) if g.dim() else g,
-    "sliced": lambda g: torch.stack([g, g], -1)[..., 0],
-}
-
-
-@pytest.mark.parametrize("layout", GRADS)
+@pytest.mark.parametrize("layout", GRAD_LAYOUTS)
 @all_cases
-def test_gradients_with_strides_of_their_own(name: str, mode: str, layout: str) -> None:
+def test_gradients_with_strides_of_their_own(
+    name: str, mode: str, layout: str, torch_place: Place
+) -> None:
     def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
-        return [GRADS[layout](g) for g in make_grads(params, step)]
+        return [GRAD_LAYOUTS[layout](g) for g in grads_like(params, step)]
 
-    params = [*permuted(), *(randn(shape) for shape in ((4, 3), (3, 2, 2), (6,), (3, 1, 1)))]
+    params = [
+        *permuted(torch_place),
+        *torch_place.weights(((4, 3), (3, 2, 2), (6,), (3, 1, 1))),
+    ]
     check_steps(name, mode, params, grads)
 
 
@@ -122,9 +118,11 @@ HOLES = [
 
 
 @pytest.mark.parametrize(("name", "mode", "cut", "dtype"), HOLES, ids=str)
-def test_parameters_with_holes(name: str, mode: str, cut: str, dtype: torch.dtype) -> None:
-    base = randn((4, 6), dtype)
-    before, inside = base.clone(), torch.zeros(4, 6, dtype=torch.bool)
+def test_parameters_with_holes(
+    name: str, mode: str, cut: str, dtype: torch.dtype, torch_place: Place
+) -> None:
+    base = torch_place.weight((4, 6), dtype)
+    before, inside = base.clone(), torch.zeros_like(base, dtype=torch.bool)
     SLICES[cut](inside).fill_(True)
     check_steps(name, mode, [SLICES[cut](base)], rounds_as="not fused")
     assert torch.equal(base[~inside], before[~inside])
@@ -132,7 +130,9 @@ def test_parameters_with_holes(name: str, mode: str, cut: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("loaded", [True, False])
 @all_cases
-def test_states_with_strides_of_their_own(name: str, mode: str, loaded: bool) -> None:
+def test_states_with_strides_of_their_own(
+    name: str, mode: str, loaded: bool, torch_place: Place
+) -> None:
     def restride(optimizer: Any) -> None:
         saved = optimizer.state_dict()  # it shares the states themselves
         for state in saved["state"].values():
@@ -141,7 +141,11 @@ def test_states_with_strides_of_their_own(name: str, mode: str, loaded: bool) ->
         if loaded:
             optimizer.load_state_dict(saved)
 
-    params = [randn((4, 3)), randn((3, 2, 2)), in_order(randn((3, 4, 2, 2)), (0, 2, 3, 1))]
+    params = [
+        torch_place.weight((4, 3)),
+        torch_place.weight((3, 2, 2)),
+        in_order(torch_place.weight((3, 4, 2, 2)), (0, 2, 3, 1)),
+    ]
     check_steps(name, mode, params, between=restride)
 
 
@@ -150,26 +154,25 @@ def test_states_with_strides_of_their_own(name: str, mode: str, loaded: bool) ->
     with_dtypes(torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128),
     ids=str,
 )
-def test_dtypes(name: str, mode: str, dtype: torch.dtype) -> None:
-    params = [randn(shape, dtype, i) for i, shape in enumerate(SHAPES)]
-    check_steps(name, mode, [*params, *permuted(dtype)])
-    check_steps(name, mode, permuted(dtype), unit_dim=1)
+def test_dtypes(name: str, mode: str, dtype: torch.dtype, torch_place: Place) -> None:
+    params = torch_place.weights(SHAPES, dtype)
+    check_steps(name, mode, [*params, *permuted(torch_place, dtype)])
+    check_steps(name, mode, permuted(torch_place, dtype), unit_dim=1)
 
 
 @all_cases
-def test_several_dtypes_in_one_group(name: str, mode: str) -> None:
+def test_several_dtypes_in_one_group(name: str, mode: str, torch_place: Place) -> None:
     dtypes = [torch.float32, torch.float64, torch.float32]
-    dtypes += [torch.complex64, torch.complex128] if mode != "fused" else []
+    dtypes += [torch.complex64, torch.complex128]
     shapes = ((2, 3), (4, 6), (5, 8), (3, 4), (5,))
-    params = [randn(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
-    options = {**STATEFUL[name], "clipping": CLIPPING}
-    optimizer = build(name, params, options, mode)
-    oracles = [
-        Oracle(name, [p], TOLERANCES[str(p.dtype.to_real()).removeprefix("torch.")], **options)
-        for p in params
+    params = [
+        torch_place.weight(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False)
     ]
+    options = {**STATEFUL[name], "clipping": CLIPPING}
+    optimizer = build(name, params, {**options, "backend": "torch"}, mode)
+    oracles = [oracle_for(name, [p], torch_place, mode, **options) for p in params]
     for step in range(3):
-        grads = make_grads(params, step)
+        grads = grads_like(params, step)
         step_with(optimizer, params, grads)
         for oracle, param, grad in zip(oracles, params, grads, strict=True):
             oracle.step([grad])
@@ -190,39 +193,55 @@ PLAIN_CASES = [case for case in CASES if case[1] in ("default", "not fused")]
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize(("name", "mode"), PLAIN_CASES)
-def test_lazily_negated_and_subclassed_tensors(name: str, mode: str, view: str) -> None:
+def test_lazily_negated_and_subclassed_tensors(
+    name: str, mode: str, view: str, torch_place: Place
+) -> None:
     def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
-        return [VIEWS[view](g) for g in make_grads(params, step)]
+        return [VIEWS[view](g) for g in grads_like(params, step)]
 
-    params = [randn((4, 3)), VIEWS[view](randn((4, 3))), VIEWS[view](randn((5,)))]
+    params = [
+        torch_place.weight((4, 3)),
+        VIEWS[view](torch_place.weight((4, 3))),
+        VIEWS[view](torch_place.weight((5,))),
+    ]
     assert params[1].is_neg() or type(params[1]) is Subclass
     check_steps(name, mode, params, grads)
 
 
 @pytest.mark.parametrize(("name", "mode"), PLAIN_CASES)
-def test_lazily_conjugated_gradients(name: str, mode: str) -> None:
+def test_lazily_conjugated_gradients(name: str, mode: str, torch_place: Place) -> None:
     def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
-        return [g.conj() for g in make_grads(params, step)]
+        return [g.conj() for g in grads_like(params, step)]
 
-    check_steps(name, mode, [randn((4, 3), torch.complex64), randn((), torch.complex64)], grads)
+    check_steps(
+        name,
+        mode,
+        [
+            torch_place.weight((4, 3), torch.complex64),
+            torch_place.weight((), torch.complex64),
+        ],
+        grads,
+    )
 
 
 @pytest.mark.parametrize("mode", ["default", "not fused"])
-def test_lazily_conjugated_parameters(mode: str) -> None:
+def test_lazily_conjugated_parameters(mode: str, torch_place: Place) -> None:
     # Of torch.optim's, SGD alone takes them.
-    check_steps("SGD", mode, [randn((4, 3), torch.complex64).conj()])
+    check_steps("SGD", mode, [torch_place.weight((4, 3), torch.complex64).conj()])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @all_cases
 def test_a_gradient_that_is_not_finite_stays_in_its_unit(
-    name: str, mode: str, value: float
+    name: str, mode: str, value: float, torch_place: Place
 ) -> None:
+    options = {**STATEFUL[name], "clipping": CLIPPING, "backend": "torch"}
+
     def run(value: float | None) -> list[Tensor]:
-        params = [randn(shape) for shape in ((4, 3), (3, 2, 2, 2), (5,), (3, 1, 1, 1), (6,))]
-        optimizer = build(name, params, {**STATEFUL[name], "clipping": CLIPPING}, mode)
+        params = torch_place.weights(((4, 3), (3, 2, 2, 2), (5,), (3, 1, 1, 1), (6,)))
+        optimizer = build(name, params, options, mode)
         for step in range(2):
-            grads = make_grads(params, step)
+            grads = grads_like(params, step)
             if value is not None:
                 grads[0][1, 2] = grads[1][2, 1, 1, 0] = grads[2][3] = grads[3][1] = value
             step_with(optimizer, params, grads)
@@ -242,47 +261,58 @@ ZEROS = ((4, 3), (3, 2, 2), (5,), (3, 1, 1), ())
 
 
 @all_cases
-def test_zero_weights_train(name: str, mode: str) -> None:
-    params = [torch.zeros(shape) for shape in ZEROS]
+def test_zero_weights_train(name: str, mode: str, torch_place: Place) -> None:
+    params = [torch.zeros(shape, device=torch_place.device) for shape in ZEROS]
     check_steps(name, mode, params)
     assert all((p != 0).all() for p in params)
 
 
 @all_cases
-def test_zero_gradients(name: str, mode: str) -> None:
-    params = [randn(shape) for shape in ZEROS]
-    check_steps(name, mode, params, lambda params, step: [torch.zeros_like(p) for p in params])
+def test_zero_gradients(name: str, mode: str, torch_place: Place) -> None:
+    params = torch_place.weights(ZEROS)
+    check_steps(
+        name,
+        mode,
+        params,
+        lambda params, step: [torch.zeros_like(p) for p in params],
+    )
 
 
 @all_cases
-def test_a_limit_of_zero(name: str, mode: str) -> None:
-    params = [torch.zeros(shape) for shape in ZEROS]
+def test_a_limit_of_zero(name: str, mode: str, torch_place: Place) -> None:
+    params = [torch.zeros(shape, device=torch_place.device) for shape in ZEROS]
     check_steps(name, mode, params, agc_eps=0.0)
     assert not any(p.any() for p in params)
 
 
 @all_cases
-def test_gradients_under_the_smallest_norm_divided_by(name: str, mode: str) -> None:
+def test_gradients_under_the_smallest_norm_divided_by(
+    name: str, mode: str, torch_place: Place
+) -> None:
     """Limits of 5e-8; of the norms from 1e-8 to 1e-5 those up to 1e-6 are taken for 1e-6."""
 
     def grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
-        return [torch.full((4, 2), 10.0**-8).mul_(10.0 ** torch.arange(4)[:, None]) for _ in params]
+        (param,) = params
+        return [torch.full_like(param, 1e-8).mul_(10.0 ** torch.arange(4).to(param)[:, None])]
 
-    check_steps(name, mode, [torch.zeros(4, 2)], grads, agc_eps=1e-6)
+    check_steps(name, mode, [torch.zeros(4, 2, device=torch_place.device)], grads, agc_eps=1e-6)
 
 
 # As torch's own tests give it, and as GradScaler does.
 @pytest.mark.parametrize("scale_shape", [(1,), ()], ids=str)
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_unscaling_of_small_dtypes(name: str, scale_shape: tuple[int, ...]) -> None:
-    params = [randn(shape, torch.float16) for shape in ((4, 3), (0,), (), (5,), ())]
+def test_unscaling_of_small_dtypes(
+    name: str, scale_shape: tuple[int, ...], torch_place: Place
+) -> None:
+    params = torch_place.weights(((4, 3), (0,), (), (5,), ()), torch.float16)
     params[-1] = params[-1].as_subclass(Subclass)
-
-    optimizer: Any = build(name, params, {"eps": 0.1, "clipping": CLIPPING}, "fused")
+    optimizer: Any = build(
+        name, params, {"eps": 0.1, "clipping": CLIPPING, "backend": "torch"}, "fused"
+    )
     oracle = Oracle(name, params, TOLERANCES["float16"], eps=0.1, clipping=CLIPPING)
-    optimizer.grad_scale = torch.full(scale_shape, 4.0)
-    optimizer.found_inf = torch.zeros(scale_shape)
-    grads = make_grads(params, 0)
+    optimizer.grad_scale = torch.full(scale_shape, 4.0, device=torch_place.device)
+    optimizer.found_inf = torch.zeros(scale_shape, device=torch_place.device)
+    grads = grads_like(params, 0)
     oracle.step(grads)
     step_with(optimizer, params, [g * 4 for g in grads])
     oracle.check(params, states_of(optimizer, params))

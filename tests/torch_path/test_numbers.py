@@ -12,26 +12,17 @@ from torch import Tensor
 
 from agc_triton import adaptive_clip_grad_
 from agc_triton.norms import norm_dtype
-from tests.support.cases import NAMES, Kwargs, build, step_with, tolerance_key
-from tests.support.helpers import same
-from tests.support.oracle import Oracle, Rounded, assert_within
-from tests.support.tolerances import TOLERANCES
-from tests.support.triton_cases import (
-    CLIPPING,
-    DEVICE,
-    KernelOracle,
-    check_clipped,
-    make_grad,
-    make_weight,
-    states_of,
-    tile_shapes,
-)
+from tests.support.checks import check_clipped, oracle_for, states_of, step_and_check, step_with
+from tests.support.optimizers import CLIPPING, NAMES, Kwargs, build
+from tests.support.oracle import Rounded, assert_within
+from tests.support.places import DEVICE, KERNELS, Place
+from tests.support.plans import tile_shapes
+from tests.support.tensors import grad_like, same
 
 # numpy, which the interpreter computes with, warns of squares that overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
 
 every_name = pytest.mark.parametrize("name", NAMES)
-both_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 OPTIONS: dict[str, Kwargs] = {
     "SGD": {"lr": 0.5, "momentum": 0.9},
@@ -40,13 +31,6 @@ OPTIONS: dict[str, Kwargs] = {
     "RMSprop": {"lr": 0.5, "momentum": 0.9},
 }
 LEAST_SCALE, LARGEST_SCALE = -44, 30  # powers of ten; fp32's denormals end at the least
-
-
-def make_oracle(name: str, backend: str, param: Tensor, options: Kwargs) -> Oracle:
-    if backend == "triton":
-        return KernelOracle(name, [param], **options)
-    key = tolerance_key(param.dtype, name, options, "default")
-    return Oracle(name, [param], TOLERANCES[key], **options)
 
 
 def grid(dtype: torch.dtype, least: int) -> tuple[Tensor, Tensor]:
@@ -71,13 +55,11 @@ SCALED = [
 
 
 @pytest.mark.parametrize(("name", "dtype"), SCALED, ids=str)
-@both_paths
-def test_weights_and_gradients_of_any_scale(name: str, backend: str, dtype: torch.dtype) -> None:
+def test_weights_and_gradients_of_any_scale(name: str, place: Place, dtype: torch.dtype) -> None:
     """A norm that overflows in two passes is inf, and no other is.
 
     An infinite limit clips nothing, an infinite gradient norm makes the gradient 0.
     """
-    device = DEVICE if backend == "triton" else "cpu"
     weight, grad = grid(dtype, -30 if dtype is torch.bfloat16 else LEAST_SCALE)
     of_weight, of_grad = overflows(weight), overflows(grad)
     over = of_weight | of_grad
@@ -86,15 +68,15 @@ def test_weights_and_gradients_of_any_scale(name: str, backend: str, dtype: torc
 
     results = []
     for clipping, given in ((CLIPPING, grad), (torch.inf, unlimited)):
-        param = weight.clone().to(device)
-        options = {**OPTIONS[name], "clipping": clipping, "backend": backend}
+        param = weight.clone().to(place.device)
+        options = {**OPTIONS[name], "clipping": clipping, "backend": place.backend}
         optimizer = build(name, [param], options)
-        step_with(optimizer, [param], [given.to(device)])
+        step_with(optimizer, [param], [given.to(place.device)])
         results.append({"param": param.cpu()})
         moments = states_of(optimizer, [param])[0]
         results[-1].update({k: x.cpu() for k, x in moments.items() if k != "step"})
 
-    oracle = make_oracle(name, backend, weight, {**OPTIONS[name], "clipping": CLIPPING})
+    oracle = oracle_for(name, [weight], place, **OPTIONS[name], clipping=CLIPPING)
     oracle.step([grad])
     expected = {**oracle.states[0], "param": oracle.params[0]}
     rows = (~over).numpy()
@@ -112,22 +94,17 @@ def test_zero_weights_train(name: str, shape: tuple[int, ...]) -> None:
     # tests/torch_path/test_layouts.py shows it of the torch path.
     param = torch.zeros(shape, device=DEVICE)
     options = {**OPTIONS[name], "clipping": CLIPPING, "backend": "triton"}
-    optimizer, oracle = build(name, [param], options), KernelOracle(name, [param], **options)
+    optimizer, oracle = build(name, [param], options), oracle_for(name, [param], KERNELS, **options)
     for seed in range(2):
-        grad = make_grad(shape, seed=seed).float()
-        oracle.step([grad])
-        step_with(optimizer, [param], [grad.to(DEVICE)])
-        oracle.check([param], states_of(optimizer, [param]))
+        step_and_check(optimizer, oracle, [param], [grad_like(param, seed)])
     assert bool((param != 0).all())
 
 
-@both_paths
 @every_name
-def test_zero_gradients_move_nothing(name: str, backend: str) -> None:
-    device = DEVICE if backend == "triton" else "cpu"
-    params = [make_weight((3, 20)).float().to(device), torch.zeros(4, device=device)]
+def test_zero_gradients_move_nothing(name: str, place: Place) -> None:
+    params = [place.weight((3, 20)), torch.zeros(4, device=place.device)]
     before = [p.clone() for p in params]
-    options = {**OPTIONS[name], "weight_decay": 0.0, "backend": backend}
+    options = {**OPTIONS[name], "weight_decay": 0.0, "backend": place.backend}
     optimizer = build(name, params, options)
     for _ in range(2):
         step_with(optimizer, params, [torch.zeros_like(p) for p in params])
@@ -136,11 +113,10 @@ def test_zero_gradients_move_nothing(name: str, backend: str) -> None:
         assert not any(x.any() for key, x in state.items() if key != "step")
 
 
-@both_paths
-def test_where_a_weight_is_nan_its_units_gradient_is_not_clipped(backend: str) -> None:
-    param = torch.tensor([[torch.nan, 1.0], [1.0, 1.0]], device=DEVICE)
+def test_where_a_weight_is_nan_its_units_gradient_is_not_clipped(place: Place) -> None:
+    param = torch.tensor([[torch.nan, 1.0], [1.0, 1.0]], device=place.device)
     param.grad = torch.ones_like(param)
-    adaptive_clip_grad_([param], CLIPPING, backend=backend)
+    adaptive_clip_grad_([param], CLIPPING, backend=place.backend)
     assert param.grad[0].tolist() == [1.0, 1.0]
     assert bool((param.grad[1] < 1.0).all())
 
@@ -159,23 +135,21 @@ TIES: dict[str, tuple[tuple[int, ...], int]] = {
     "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
 )
 @pytest.mark.parametrize("kind", TIES)
-@both_paths
-def test_exactly_at_the_limit_no_bit_changes(backend: str, kind: str, dtype: torch.dtype) -> None:
+def test_exactly_at_the_limit_no_bit_changes(place: Place, kind: str, dtype: torch.dtype) -> None:
     shape, unit_dim = TIES[kind]
-    param = make_weight(shape, unit_dim).to(DEVICE, dtype)
+    param = place.weight(shape, dtype, unit_dim=unit_dim)
     grad = param / 4  # exactly, and so is its norm
     param.grad = grad.clone()
-    adaptive_clip_grad_([param], 0.25, unit_dim=unit_dim, backend=backend)
+    adaptive_clip_grad_([param], 0.25, unit_dim=unit_dim, backend=place.backend)
     assert torch.equal(param.grad, grad)
-    adaptive_clip_grad_([param], 0.25 * (1 - 2**-6), unit_dim=unit_dim, backend=backend)
+    adaptive_clip_grad_([param], 0.25 * (1 - 2**-6), unit_dim=unit_dim, backend=place.backend)
     assert bool((param.grad != grad).all())
 
 
-@both_paths
-def test_the_next_number_over_the_limit_is_clipped(backend: str) -> None:
-    param = torch.full((1,), 4.0, device=DEVICE)
+def test_the_next_number_over_the_limit_is_clipped(place: Place) -> None:
+    param = torch.full((1,), 4.0, device=place.device)
     param.grad = torch.nextafter(param / 4, param)
-    adaptive_clip_grad_([param], 0.25, backend=backend)
+    adaptive_clip_grad_([param], 0.25, backend=place.backend)
     assert torch.equal(param.grad, param / 4)
 
 
@@ -195,33 +169,29 @@ def just_finite(values: Tensor) -> None:
 @pytest.mark.parametrize("role", ["grad", "param", "both"])
 @pytest.mark.parametrize("spoil", [huge_first, huge_last, just_finite])
 @pytest.mark.parametrize("shape", [(3, 20), (2, 700), (2, 20_484)], ids=str)
-@both_paths
 def test_huge_elements_among_small_ones(
-    backend: str, shape: tuple[int, ...], spoil: Callable[[Tensor], None], role: str
+    place: Place, shape: tuple[int, ...], spoil: Callable[[Tensor], None], role: str
 ) -> None:
-    weight, grad = make_weight(shape).float(), make_grad(shape).float()
-    for tensor in {"grad": (grad,), "param": (weight,), "both": (weight, grad)}[role]:
+    param = place.weight(shape)
+    grad = grad_like(param)
+    for tensor in {"grad": (grad,), "param": (param,), "both": (param, grad)}[role]:
         spoil(tensor)
-    param = weight.to(DEVICE)
     options: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "clipping": CLIPPING}
-    optimizer = build("SGD", [param], {**options, "backend": backend})
-    oracle = make_oracle("SGD", backend, weight, options)
-    oracle.step([grad])
-    step_with(optimizer, [param], [grad.to(DEVICE)])
-    oracle.check([param], states_of(optimizer, [param]))
-    if backend == "triton":
+    optimizer = build("SGD", [param], {**options, "backend": place.backend})
+    oracle = oracle_for("SGD", [param], place, **options)
+    step_and_check(optimizer, oracle, [param], [grad])
+    if place.backend == "triton":
         assert any(shape.split for shape in tile_shapes(optimizer)) is (len(grad[0]) > 20_480)
 
 
 # Squares that overflow fp16, that are 0 there, and the smallest numbers there are.
 @pytest.mark.parametrize("scale", [300.0, 6e4, 1e-4, 2.0**-24])
 @pytest.mark.parametrize("shape", [(4, 24), (2, 700), (7,)], ids=str)
-@both_paths
-def test_fp16_squares_that_leave_fp16(backend: str, shape: tuple[int, ...], scale: float) -> None:
-    param = torch.full(shape, 2.0**-14, dtype=torch.float16, device=DEVICE)
+def test_fp16_squares_that_leave_fp16(place: Place, shape: tuple[int, ...], scale: float) -> None:
+    param = torch.full(shape, 2.0**-14, dtype=torch.float16, device=place.device)
     grad = torch.full_like(param, scale)
     param.grad = grad.clone()
     clipping, agc_eps = 2.0**-6, 1e-6
-    adaptive_clip_grad_([param], clipping, agc_eps, backend=backend)
-    check_clipped(param, grad, param.grad, clipping=clipping, agc_eps=agc_eps)
+    adaptive_clip_grad_([param], clipping, agc_eps, backend=place.backend)
+    check_clipped(param, grad, param.grad, place, clipping=clipping, agc_eps=agc_eps)
     assert torch.equal(param.grad, grad) is (scale < 2**-20)

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from agc_triton import SGD_AGC, snapshot, validation
 from agc_triton.snapshot import Layouts
 from agc_triton.triton_path.gradients import Gradients
-from tests.support.helpers import set_grads
+from tests.support.tensors import set_grads
 
 OTHERS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "missing": lambda t: None,

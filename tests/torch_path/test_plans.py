@@ -15,9 +15,10 @@ from torch.nn import Parameter
 
 from agc_triton.torch_path import blocks
 from agc_triton.torch_path.plan import BlockPlan
-from tests.support.cases import NAMES, STATEFUL, build, randn
-from tests.support.helpers import make_params, nothing_changes, set_grads, train
-from tests.support.triton_training import ADAMW, Training
+from tests.support.checks import nothing_changes
+from tests.support.optimizers import ADAMW, NAMES, STATEFUL, build
+from tests.support.tensors import parameters, set_grads, weight
+from tests.support.training import Training, train
 
 # Small ones share a block, the last two are cut: rows, and one unit.
 SHAPES = ((4,), (2, 3), (), (8, 5), (37,))
@@ -30,7 +31,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_training(name: str = "AdamW", **options: Any) -> Training:
-    params = [randn(shape, seed=i) for i, shape in enumerate(SHAPES)]
+    params = [weight(shape, seed=i) for i, shape in enumerate(SHAPES)]
     return Training(name, params, **{**STATEFUL[name], **options}, backend="torch")
 
 
@@ -74,7 +75,7 @@ def test_what_had_holes_goes_in_blocks_once_it_is_dense(
     others: tuple[tuple[int, ...], ...],
 ) -> None:
     # Else it would be rounded otherwise than by an optimizer that meets it dense.
-    base, rest = randn((4, 6), torch.bfloat16), [randn(s, torch.bfloat16) for s in others]
+    base, rest = weight((4, 6), torch.bfloat16), [weight(s, torch.bfloat16) for s in others]
     params = [Parameter(p) for p in (base[:, ::2], *rest)]
     optimizer = build("AdamW", params, ADAMW)
     train(optimizer, params, range(2))
@@ -93,7 +94,7 @@ def test_what_had_holes_goes_in_blocks_once_it_is_dense(
 
 
 def test_what_was_there_twice_goes_in_blocks_once_it_is_not() -> None:
-    one, other = make_params([(4, 3), (4, 3)])
+    one, other = parameters([(4, 3), (4, 3)])
     optimizer = build("SGD", [one, other], {"lr": 0.1})
     optimizer.param_groups[0]["params"] = [one, one]
     train(optimizer, [one, other], range(2))
@@ -105,10 +106,10 @@ def test_what_was_there_twice_goes_in_blocks_once_it_is_not() -> None:
 
 @pytest.mark.parametrize("layout", ["alike", "transposed"])
 def test_no_gradient_is_kept(layout: str) -> None:
-    params = [randn((4, 6)), randn((3, 2))]
+    params = [weight((4, 6)), weight((3, 2))]
     optimizer = build("AdamW", params, ADAMW)
     for _ in range(2):
-        grads: list[Tensor] = [randn(p.shape, seed=9) for p in params]
+        grads: list[Tensor] = [weight(p.shape, seed=9) for p in params]
         if layout == "transposed":
             grads = [g.t().contiguous().t() for g in grads]
         for p, g in zip(params, grads, strict=True):
@@ -135,7 +136,7 @@ def test_a_parameter_that_takes_over_anothers_memory_is_updated_there(
     name: str, shape: tuple[int, ...]
 ) -> None:
     def run(make: Callable[[Any], Any]) -> list[Tensor]:
-        (old,) = make_params([shape])
+        (old,) = parameters([shape])
         optimizer = make([old])
         train(optimizer, [old], range(2))
         new = Parameter(old.data)
@@ -153,7 +154,7 @@ def test_memory_that_has_moved_from_under_the_blocks_is_noticed(name: str) -> No
     # As after resize_(0), where the parameter's next memory may be what has just been freed.
     def run(moves: bool) -> Tensor:
         memory = bytearray(48)
-        (param,) = make_params([(4, 3)])
+        (param,) = parameters([(4, 3)])
         param.data = torch.frombuffer(memory, dtype=torch.float32).view(4, 3).copy_(param.detach())
         optimizer = build(name, [param], STATEFUL[name])
         train(optimizer, [param], range(2))
@@ -183,11 +184,11 @@ def test_parameters_can_be_swapped_after_a_step(name: str) -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(36, 2))
         params = list(model.parameters())
         optimizer = make(params)
-        train(optimizer, params, range(2))
+        train(optimizer, params, range(1, 2))
         model.double()
         for state in optimizer.state.values():
             state.update({key: s.double() for key, s in state.items() if key != "step"})
-        train(optimizer, params, range(2, 4))
+        train(optimizer, params, range(3, 5))
         return [p.detach() for p in params]
 
     torch.testing.assert_close(*map(run, both(name)))
@@ -212,7 +213,7 @@ def test_states_of_another_shape_are_refused_before_anything_changes(
     name: str, mode: str, change: Callable[[Any], None]
 ) -> None:
     def trained(make: Any) -> tuple[list[Any], Any]:
-        params = make_params([(4, 3), (6, 5)])
+        params = parameters([(4, 3), (6, 5)])
         optimizer = make([{"params": [p]} for p in params])
         train(optimizer, params, range(2))
         change(params[1])
@@ -232,7 +233,7 @@ def test_states_of_another_shape_are_refused_before_anything_changes(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_replaced_by_one_of_another_shape_is_refused(name: str) -> None:
-    params = make_params([(4, 3), (6, 5)])
+    params = parameters([(4, 3), (6, 5)])
     optimizer = build(name, [{"params": [p]} for p in params], STATEFUL[name])
     train(optimizer, params, range(2))
     set_grads(params, 2)

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cases import (
+from tests.support.checks import (
+    oracle_for,
+    states_of,
+    step_and_check,
+    step_with,
+    tolerance_key,
+    values_of,
+)
+from tests.support.optimizers import (
     CLIPPING,
     MODES,
     NAMES,
-    OPTIONS,
     STATEFUL,
     STATEFUL_CASES,
     Kwargs,
     build,
     low_precision,
-    states_of,
-    step_and_check,
-    step_with,
+    options,
     supported,
-    tolerance_key,
 )
-from tests.support.helpers import random_grad, same
 from tests.support.oracle import Oracle
+from tests.support.places import Place
+from tests.support.tensors import assign, grads_like, same, weights
 from tests.support.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("either_block")
@@ -38,72 +44,73 @@ PRESENT = ("1111", "0111", "1011", "0111", "0000", "1111", "1111", "1111")
 LARGE = ((60, 700), (40,))  # the first is enough for torch to use two threads
 STEPS = 4
 
+# Every option in the default mode, and in the others as well as in fp64 the plainest and fullest.
 CASES = [
-    (name, label, mode)
+    (name, label, mode, dtype)
     for name in NAMES
-    for label, options in OPTIONS[name].items()
+    for label, given in options(name).items()
     for mode in MODES
-    if supported(name, options, mode)
+    for dtype in (torch.float32, torch.float64)
+    if supported(name, given, mode)
+    and (dtype is torch.float32 or label == "plain" or given == STATEFUL[name])
 ]
-# All options in the default mode, the fullest of them in the others.
 FEWER_CASES = [
     (name, label, mode)
-    for name, label, mode in CASES
-    if mode == "default" or (OPTIONS[name][label] is STATEFUL[name] and mode != "differentiable")
+    for name in NAMES
+    for label, given in options(name).items()
+    for mode in MODES
+    if supported(name, given, mode)
+    and (mode == "default" or (given == STATEFUL[name] and mode in ("foreach", "not fused")))
 ]
 
 
-def make_params(dtype: torch.dtype, mode: str = "default") -> list[Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) for shape in SHAPES]
+def make_params(dtype: torch.dtype, device: str = "cpu", mode: str = "default") -> list[Tensor]:
     # torch.optim updates leaves that need a gradient only where autograd is off.
+    params = weights(SHAPES, dtype, device)
     return params if mode == "differentiable" else [p.requires_grad_() for p in params]
 
 
-def make_grads(dtype: torch.dtype, step: int) -> list[Tensor | None]:
-    weights = [torch.empty(shape, dtype=dtype) for shape in SHAPES]
-    return [
-        random_grad(weight, 100 * step + i) if PRESENT[i][step] == "1" else None
-        for i, weight in enumerate(weights)
-    ]
+def make_grads(params: Sequence[Tensor], step: int) -> list[Tensor | None]:
+    given = zip(grads_like(params, step), PRESENT, strict=True)
+    return [grad if present[step] == "1" else None for grad, present in given]
 
 
 @functools.cache
 def trajectory(name: str, label: str, dtype: torch.dtype, key: str) -> list[Oracle]:
     """The oracle after each step; the same for all modes that round alike."""
-    options = OPTIONS[name][label]
-    oracle = Oracle(name, make_params(dtype), TOLERANCES[key], clipping=CLIPPING, **options)
-    return oracle.trajectory(make_grads(dtype, step) for step in range(STEPS))
+    params = weights(SHAPES, dtype)
+    oracle = Oracle(name, params, TOLERANCES[key], clipping=CLIPPING, **options(name)[label])
+    return oracle.trajectory(make_grads(params, step) for step in range(STEPS))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("name", "label", "mode"), CASES)
-def test_follows_the_oracle(name: str, label: str, mode: str, dtype: torch.dtype) -> None:
-    options = OPTIONS[name][label]
-    params = make_params(dtype, mode)
-    optimizer = build(name, params, {**options, "clipping": CLIPPING}, mode)
-    expected = trajectory(name, label, dtype, tolerance_key(dtype, name, options, mode))
+@pytest.mark.parametrize(("name", "label", "mode", "dtype"), CASES, ids=str)
+def test_follows_the_oracle(
+    name: str, label: str, mode: str, dtype: torch.dtype, torch_place: Place
+) -> None:
+    given = options(name)[label]
+    params = make_params(dtype, torch_place.device, mode)
+    optimizer = build(name, params, {**given, "clipping": CLIPPING, "backend": "torch"}, mode)
+    expected = trajectory(name, label, dtype, tolerance_key(dtype, name, given, mode))
     for step, oracle in enumerate(expected):
-        step_with(optimizer, params, make_grads(dtype, step))
+        step_with(optimizer, params, make_grads(params, step))
         oracle.check(params, states_of(optimizer, params))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "label", "mode"), FEWER_CASES)
 def test_low_precision_follows_the_oracle(
-    name: str, label: str, mode: str, dtype: torch.dtype
+    name: str, label: str, mode: str, dtype: torch.dtype, torch_place: Place
 ) -> None:
-    options: Kwargs = {**OPTIONS[name][label], "clipping": CLIPPING}
+    given: Kwargs = {**options(name)[label], "clipping": CLIPPING}
     if dtype is torch.float16:
-        options = low_precision(name, options)
-    params = make_params(dtype)
-    optimizer = build(name, params, options, mode)
-    tolerance = TOLERANCES[tolerance_key(dtype, name, options, mode)]
-    oracle = Oracle(name, params, tolerance, **options)
+        given = low_precision(name, given)
+    params = make_params(dtype, torch_place.device)
+    optimizer = build(name, params, {**given, "backend": "torch"}, mode)
+    oracle = oracle_for(name, params, torch_place, mode, **given)
     for step in range(STEPS):
         # From the same rounded values, so that the bound is that of one step.
         oracle.load(params, states_of(optimizer, params))
-        step_and_check(optimizer, oracle, params, make_grads(dtype, step))
+        step_and_check(optimizer, oracle, params, make_grads(params, step))
 
 
 GROUPS: list[dict[str, Any]] = [
@@ -117,24 +124,21 @@ GROUPS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
-def test_groups_keep_their_own_settings(name: str, mode: str) -> None:
-    options = {**STATEFUL[name], "clipping": 0.1}
-    tolerance = TOLERANCES[tolerance_key(torch.float32, name, options, mode)]
+def test_groups_keep_their_own_settings(name: str, mode: str, torch_place: Place) -> None:
+    given = {**STATEFUL[name], "clipping": 0.1}
     shapes = ((4, 3), (5,), (2, 3, 2))
-    rng = torch.Generator().manual_seed(1)
-    params = [[torch.randn(shape, generator=rng) for shape in shapes] for _ in GROUPS]
+    params = [torch_place.weights(shapes, seed=3 * i) for i in range(len(GROUPS))]
     groups = [{"params": p, **group} for p, group in zip(params, GROUPS, strict=True)]
-    optimizer = build(name, groups, options, mode)
+    optimizer = build(name, groups, {**given, "backend": "torch"}, mode)
     oracles = [
-        Oracle(name, p, tolerance, **{**options, **group})
+        oracle_for(name, p, torch_place, mode, **{**given, **group})
         for p, group in zip(params, GROUPS, strict=True)
     ]
     for step in range(STEPS):
         for p, oracle in zip(params, oracles, strict=True):
-            grads = [random_grad(x, 10 * step + i) for i, x in enumerate(p)]
+            grads = grads_like(p, step)
             oracle.step(grads)
-            for x, grad in zip(p, grads, strict=True):
-                x.grad = grad
+            assign(p, grads)
         optimizer.step()
         for p, oracle in zip(params, oracles, strict=True):
             oracle.check(p, states_of(optimizer, p))
@@ -168,7 +172,7 @@ def test_bounds_are_narrow_enough_to_see(name: str, slip: dict[str, Any]) -> Non
     oracle = Oracle(name, params, TOLERANCES["float32"], **options)
     with pytest.raises(AssertionError, match="are wrong"):  # noqa: PT012  # any of the steps
         for step in range(STEPS):
-            step_and_check(optimizer, oracle, params, make_grads(torch.float32, step))
+            step_and_check(optimizer, oracle, params, make_grads(params, step))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
@@ -182,7 +186,7 @@ def test_fused_unscales_before_it_clips(name: str, shape: tuple[int, ...]) -> No
     # What torch.amp.GradScaler sets around step(); a power of two unscales exactly.
     optimizer.grad_scale, optimizer.found_inf = torch.full(shape, 256.0), torch.zeros(shape)
     for step in range(STEPS):
-        grads = make_grads(torch.float32, step)
+        grads = make_grads(params, step)
         oracle.step(grads)
         step_with(optimizer, params, [None if g is None else g * 256 for g in grads])
         oracle.check(params, states_of(optimizer, params))
@@ -198,7 +202,7 @@ def test_unscales_where_torchs_functions_would_not(name: str, clipping: float) -
     oracle = Oracle(name, params, TOLERANCES["float32"], **options)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor([256.0]), torch.zeros(1)
     for step in range(STEPS):
-        grads = make_grads(torch.float32, step)
+        grads = make_grads(params, step)
         oracle.step(grads)
         step_with(optimizer, params, [None if g is None else g * 256 for g in grads])
         oracle.check(params, states_of(optimizer, params))
@@ -210,14 +214,14 @@ def test_nothing_moves_where_inf_was_found(name: str, before: int) -> None:
     params = make_params(torch.float32)
     optimizer: Any = build(name, params, {**STATEFUL[name], "clipping": CLIPPING}, "fused")
     for step in range(before):
-        step_with(optimizer, params, make_grads(torch.float32, step))
-    kept = copy.deepcopy([(p.detach(), optimizer.state.get(p, {})) for p in params])
+        step_with(optimizer, params, make_grads(params, step))
+    kept = copy.deepcopy(values_of(optimizer, params))
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(256.0), torch.tensor(1.0)
-    grads = make_grads(torch.float32, before)
+    grads = make_grads(params, before)
     step_with(
         optimizer, params, [None if g is None else g * torch.inf for g in grads[:2]] + grads[2:]
     )
-    assert same([(p.detach(), optimizer.state.get(p, {})) for p in params], kept)
+    assert same(values_of(optimizer, params), kept)
 
 
 @pytest.mark.filterwarnings(
@@ -246,13 +250,12 @@ def test_autograd_flows_through_the_clipped_step(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_runs_give_the_same_bits(name: str) -> None:
-    def run() -> list[Tensor]:
-        params = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in LARGE]
+    def run() -> Any:
+        params = weights(LARGE)
         optimizer = build(name, params, {**STATEFUL[name], "clipping": CLIPPING})
         for step in range(2):
-            step_with(optimizer, params, [random_grad(p, step) for p in params])
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        return [*params, *states]
+            step_with(optimizer, params, grads_like(params, step))
+        return values_of(optimizer, params)
 
     torch.set_num_threads(2)
     try:

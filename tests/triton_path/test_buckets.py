@@ -38,6 +38,12 @@ def strided(outer: int, inner: int, units: int = 2) -> TensorUnits:
     return TensorUnits(UnitLayout(1, outer, units, inner), True, 0)
 
 
+def contiguous_layout(shape: Sequence[int]) -> UnitLayout:
+    layout = unit_layout(torch.Size(shape), tuple(range(len(shape))), None)
+    assert layout is not None
+    return layout
+
+
 def tile_elements(plan: BucketPlan) -> Iterator[tuple[TileShape, int, list[Indices]]]:
     """Per tile: its shape, its tensor, and where the elements of each of its units lie."""
     for bucket in plan.buckets:
@@ -267,7 +273,7 @@ MODELS = sorted(path.stem for path in TABLES.glob("*.csv"))
 
 
 def model_units(model: str) -> list[TensorUnits]:
-    layouts = [unit_layout(torch.Size(s), tuple(range(len(s))), None) for s in load_shapes(model)]
+    layouts = [contiguous_layout(s) for s in load_shapes(model)]
     return [TensorUnits(layout, True, i % 3) for i, layout in enumerate(layouts)]
 
 

@@ -17,22 +17,13 @@ from torch import Tensor
 from agc_triton import adaptive_clip_grad_, dispatch
 from agc_triton.triton_path.launches import Launch
 from agc_triton.triton_path.tables import CAPTURES
-from tests.support.cases import NAMES, STATEFUL, build
-from tests.support.helpers import same
-from tests.support.triton_cases import (
-    CLIPPING,
-    DEVICE,
-    TRITON,
-    KernelOracle,
-    check_clipped,
-    make_grad,
-    make_weight,
-    states_of,
-)
+from tests.support.checks import check_clipped, oracle_for, states_of
+from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, TRITON, build
+from tests.support.places import DEVICE, KERNELS
+from tests.support.tensors import TILE_SHAPES, assign, grads_like, same, weights
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu/test_graphs.py captures there")
 
-SHAPES = ((3, 20), (7, 1, 1, 1), (2, 700), (1, 2, 10_245))
 every_rule = pytest.mark.parametrize("name", NAMES)
 
 
@@ -57,33 +48,24 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
         yield Graph(launches)
 
 
-def make_params() -> list[Tensor]:
-    return [make_weight(shape, seed=i).float() for i, shape in enumerate(SHAPES)]
-
-
 def make_grads(seed: int) -> list[Tensor]:
-    return [make_grad(s, seed=10 * seed + i).float() for i, s in enumerate(SHAPES)]
-
-
-def set_grads(params: list[Tensor], grads: list[Any]) -> None:
-    for p, grad in zip(params, grads, strict=True):
-        p.grad = grad
+    return grads_like(weights(TILE_SHAPES), seed)
 
 
 class Captured:
     """An optimizer beside its oracle, through eager steps and replays."""
 
     def __init__(self, name: str) -> None:
-        self.params = make_params()
+        self.params = weights(TILE_SHAPES)
         options = {**STATEFUL[name], **TRITON}
         self.optimizer: Any = build(name, self.params, options)
-        self.oracle = KernelOracle(name, self.params, **options)
+        self.oracle = oracle_for(name, self.params, KERNELS, **options)
 
     def eager(self, seed: int, without: int | None = None) -> None:
         grads: list[Any] = make_grads(seed)
         if without is not None:
             grads[without] = None
-        set_grads(self.params, grads)
+        assign(self.params, grads)
         self.oracle.step(grads)
         self.optimizer.step()
         self.check()
@@ -105,7 +87,7 @@ def test_graphs_keep_their_own_gradients(name: str, monkeypatch: pytest.MonkeyPa
     graphs = []
     for seed in (1, 2):
         grads = make_grads(seed)
-        set_grads(run.params, grads)
+        assign(run.params, grads)
         with capture(monkeypatch) as graph:
             run.optimizer.step()
         graphs.append((graph, grads))
@@ -122,7 +104,7 @@ def test_two_graphs_of_the_same_gradients(
     run = Captured("AdamW")
     run.eager(0)
     grads = make_grads(1)
-    set_grads(run.params, grads)
+    assign(run.params, grads)
     uploads.clear()
     graphs = []
     for _ in range(2):
@@ -142,7 +124,7 @@ def test_a_graph_and_steps_of_part_of_the_parameters_count_together(
     run.eager(0, without=2)
     grads: list[Any] = make_grads(1)
     grads[2] = None
-    set_grads(run.params, grads)
+    assign(run.params, grads)
     with capture(monkeypatch) as graph:
         run.optimizer.step()
     run.replay(graph, grads)
@@ -154,7 +136,7 @@ def test_a_graph_and_steps_of_part_of_the_parameters_count_together(
 
 def test_captures_without_a_plan_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Captured("AdamW")
-    set_grads(run.params, make_grads(0))
+    assign(run.params, make_grads(0))
     before = copy.deepcopy(run.params)
     with capture(monkeypatch), pytest.raises(RuntimeError, match=r"step\(\) once .*before"):
         run.optimizer.step()
@@ -169,7 +151,7 @@ def test_more_captures_than_there_is_pinned_memory_for(
     graphs = []
     for seed in range(1, CAPTURES + 3):
         grads = make_grads(seed)
-        set_grads(run.params, grads)
+        assign(run.params, grads)
         with capture(monkeypatch) as graph:
             run.optimizer.step()
         graphs.append((graph, grads))
@@ -179,10 +161,10 @@ def test_more_captures_than_there_is_pinned_memory_for(
 
 
 def test_clipping_alone_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = make_params()
+    params = weights(TILE_SHAPES)
 
     def clip(grads: list[Tensor]) -> None:
-        set_grads(params, grads)
+        assign(params, grads)
         adaptive_clip_grad_(params, CLIPPING, backend="triton")
 
     with capture(monkeypatch), pytest.raises(RuntimeError, match="clipping once on them before"):
@@ -197,9 +179,9 @@ def test_clipping_alone_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
         graphs.append((graph, grads, seed))
     eager = make_grads(3)
     clip(eager)
-    others = [make_params() for _ in range(9)]  # more than there are plans kept for
+    others = [weights(TILE_SHAPES) for _ in range(9)]  # more than there are plans kept for
     for other in others:
-        set_grads(other, make_grads(4))
+        assign(other, make_grads(4))
         adaptive_clip_grad_(other, CLIPPING, backend="triton")
     for graph, grads, seed in graphs:
         graph.replay()
@@ -217,7 +199,7 @@ def test_what_checkpoints_replace_is_let_go_but_graphs_stay(
     run = Captured(name)
     run.eager(0)
     grads = make_grads(1)
-    set_grads(run.params, grads)
+    assign(run.params, grads)
     with capture(monkeypatch):
         run.optimizer.step()
     run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
@@ -225,7 +207,7 @@ def test_what_checkpoints_replace_is_let_go_but_graphs_stay(
     run.eager(2)
     # Whatever there is no plan for any more.
     run.optimizer.backend = "torch"
-    set_grads(run.params, make_grads(3))
+    assign(run.params, make_grads(3))
     run.optimizer.step()
     assert run.optimizer._paths.triton.plan is None
     assert len(run.optimizer._paths.triton.captured) == 1

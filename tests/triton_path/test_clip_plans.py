@@ -11,18 +11,10 @@ from torch import Tensor
 
 from agc_triton import adaptive_clip_grad_
 from agc_triton.triton_path.launches import Launch
-from tests.support.triton_cases import (
-    CLIPPING,
-    DEVICE,
-    check_clipped,
-    make_grad,
-    make_weight,
-)
-from tests.support.triton_training import (
-    make_params,
-    moved,
-    unaligned,
-)
+from tests.support.checks import check_clipped
+from tests.support.optimizers import CLIPPING
+from tests.support.places import DEVICE, few_weights
+from tests.support.tensors import grad_like, moved, unaligned, weight
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
@@ -36,12 +28,12 @@ def clip_and_check(params: list[Tensor]) -> None:
 
 
 def test_clipping_alone_follows_gradients_and_parameters() -> None:
-    params = make_params()
+    params = few_weights()
     unused = []
     for seed in range(3):
         for i, p in enumerate(params):
             unused.append(p.grad)
-            p.grad = make_grad(p.shape, seed=seed + i).float().to(DEVICE)
+            p.grad = grad_like(p, seed + i)
         params[1].grad = params[1].grad if seed != 1 else None
         clip_and_check(params)
     for p in params:
@@ -58,8 +50,8 @@ def test_clipping_alone_follows_gradients_and_parameters() -> None:
 def test_an_interrupted_clip_leaves_nothing_to_be_written_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    param = make_weight((3, 20)).float().to(DEVICE)
-    first = param.grad = make_grad((20, 3)).float().to(DEVICE).t()  # laid out unlike its parameter
+    param = weight((3, 20), device=DEVICE)
+    first = param.grad = grad_like(param.t().contiguous()).t()  # laid out unlike its parameter
     before = first.clone()
 
     def interrupted(_launch: Launch, *_varying: Any) -> None:
@@ -78,15 +70,15 @@ def test_an_interrupted_clip_leaves_nothing_to_be_written_later(
 
 def test_clipping_alone_forgets_parameters_that_are_gone() -> None:
     for seed in range(4):  # ids and addresses come again
-        param = make_weight((3, 20), seed=seed).float().to(DEVICE)
-        param.grad = make_grad((3, 20), seed=seed).float().to(DEVICE)
+        param = weight((3, 20), device=DEVICE, seed=seed)
+        param.grad = grad_like(param, seed)
         clip_and_check([param])
         del param
 
 
 def test_clipping_alone_follows_its_options() -> None:
-    param = make_weight((4, 4)).float().to(DEVICE)
-    grad = make_grad((4, 4)).float().to(DEVICE)
+    param = weight((4, 4), device=DEVICE)
+    grad = grad_like(param)
     changes: list[dict[str, Any]] = [{}, {"unit_dim": 1}, {"agc_eps": 10.0}, {"clipping": 0.5}]
     results = []
     for change in changes:
@@ -101,20 +93,20 @@ def test_clipping_alone_follows_its_options() -> None:
 def test_clipping_alone_writes_gradients_laid_out_unlike_their_parameters() -> None:
     layouts = (torch.channels_last, torch.contiguous_format)
     params = [
-        make_weight((4, 3, 2, 2), seed=i).float().to(DEVICE).contiguous(memory_format=layout)
+        weight((4, 3, 2, 2), device=DEVICE, seed=i).contiguous(memory_format=layout)
         for i, layout in enumerate(layouts)
     ]
     for step in range(2):
         for i, (p, layout) in enumerate(zip(params, layouts[::-1], strict=True)):
-            grad = make_grad(p.shape, seed=2 * step + i).float().to(DEVICE)
+            grad = grad_like(p, 2 * step + i)
             p.grad = grad.contiguous(memory_format=layout)
         clip_and_check(params)
 
 
 @pytest.mark.parametrize("view", [torch.t, lambda t: t.view(2, 8)], ids=["transposed", "reshaped"])
 def test_clipping_alone_follows_shapes(view: Callable[[Tensor], Tensor]) -> None:
-    param = make_weight((4, 4)).float().to(DEVICE)
-    param.grad = make_grad((4, 4)).float().to(DEVICE)
+    param = weight((4, 4), device=DEVICE)
+    param.grad = grad_like(param)
     clip_and_check([param])
     grad, param.grad = param.grad.mul_(100.0), None
     param.data = view(param.data)
@@ -125,8 +117,8 @@ def test_clipping_alone_follows_shapes(view: Callable[[Tensor], Tensor]) -> None
 def test_the_backend_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     fired: list[Launch] = []
     monkeypatch.setattr(Launch, "fire", lambda launch, *varying: fired.append(launch))
-    param = make_weight((3, 20)).float().to(DEVICE)
-    param.grad = make_grad((3, 20)).float().to(DEVICE)
+    param = weight((3, 20), device=DEVICE)
+    param.grad = grad_like(param)
     for backend, launches in (("torch", 0), ("triton", 2), ("torch", 0), ("triton", 2)):
         fired.clear()
         adaptive_clip_grad_([param], CLIPPING, backend=backend)

@@ -13,25 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from agc_triton import AdamW_AGC, adaptive_clip_grad_
-from tests.support.cases import NAMES, STATEFUL
-from tests.support.helpers import nothing_changes, same
-from tests.support.triton_cases import (
-    CLIPPING,
-    DEVICE,
-    Guarded,
-    make_weight,
-    plan_of,
-    states_of,
-    tile_shapes,
-)
-from tests.support.triton_training import (
-    ADAMW,
-    MOMENTUM,
-    Training,
-    make_params,
-    moved,
-    unaligned,
-)
+from tests.support.checks import nothing_changes, states_of
+from tests.support.guards import Guarded
+from tests.support.optimizers import ADAMW, CLIPPING, MOMENTUM, NAMES, STATEFUL
+from tests.support.places import DEVICE, few_weights
+from tests.support.plans import plan_of, tile_shapes
+from tests.support.tensors import moved, same, unaligned, weight
+from tests.support.training import Training
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
@@ -39,7 +27,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
 
 
 def test_kept_while_gradients_and_values_change() -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     training.train()
     plan = plan_of(training.optimizer)
     training.train()
@@ -55,7 +43,7 @@ def test_kept_while_gradients_and_values_change() -> None:
 
 @pytest.mark.parametrize("without", [[], [1]], ids=["all", "some"])
 def test_tables_are_copied_only_when_they_change(without: list[int], uploads: list[bool]) -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     for changes, expected in [({}, 1), ({}, 0), ({"lr": 0.25}, 1), ({}, 0)]:
         uploads.clear()
         training.groups[0].update(changes)
@@ -68,7 +56,7 @@ def test_tables_are_copied_only_when_they_change(without: list[int], uploads: li
 @BACKENDS
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_come_and_go(backend: str, name: str) -> None:
-    training = Training(name, make_params(), **STATEFUL[name], backend=backend)
+    training = Training(name, few_weights(), **STATEFUL[name], backend=backend)
     for without in ([0, 1, 2], [1, 2], [0, 2], [0, 1, 2], [1], []):
         training.move_grads(without)
         training.step()
@@ -106,14 +94,14 @@ VALUES: list[tuple[str, dict[str, Any]]] = [
 )
 def test_options_change(backend: str, name: str, change: dict[str, Any]) -> None:
     options = {"SGD": MOMENTUM, "RMSprop": STATEFUL["RMSprop"]}.get(name, ADAMW)
-    training = Training(name, make_params(), **options, backend=backend)
+    training = Training(name, few_weights(), **options, backend=backend)
     training.train()
     training.groups[0].update(change)
     training.train()
 
 
 def test_momentum_is_switched_on() -> None:
-    training = Training("SGD", make_params(), lr=0.5, dampening=0.4)
+    training = Training("SGD", few_weights(), lr=0.5, dampening=0.4)
     training.train(2)
     training.groups[0]["momentum"] = 0.9
     training.train(2)
@@ -141,7 +129,10 @@ def test_options_change_in_place(
     backend: str, options: dict[str, Any], change: Callable[[dict[str, Any]], Any]
 ) -> None:
     training = Training(
-        "AdamW", make_params(), **{**ADAMW, **copy.deepcopy(options)}, backend=backend
+        "AdamW",
+        few_weights(),
+        **{**ADAMW, **copy.deepcopy(options)},
+        backend=backend,
     )
     training.train()
     change(training.groups[0])
@@ -150,7 +141,7 @@ def test_options_change_in_place(
 
 @BACKENDS
 def test_a_list_changes_in_place(backend: str) -> None:
-    training = Training("AdamW", make_params(), **ADAMW, backend=backend)
+    training = Training("AdamW", few_weights(), **ADAMW, backend=backend)
     training.groups[0]["betas"] = [0.9, 0.99]
     training.train()
     training.groups[0]["betas"][0] = 0.5
@@ -160,7 +151,7 @@ def test_a_list_changes_in_place(backend: str) -> None:
 @pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
 def test_a_learning_rate_on_the_device_moves() -> None:
     lr = torch.tensor(0.5, device=DEVICE)
-    training = Training("AdamW", make_params(), **{**ADAMW, "lr": lr, "capturable": True})
+    training = Training("AdamW", few_weights(), **{**ADAMW, "lr": lr, "capturable": True})
     training.train()
     left = lr.detach()
     lr.data = torch.tensor(0.125, device=DEVICE)
@@ -177,7 +168,7 @@ class OnAnotherGPU(Tensor):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's own test has two of them")
 def test_a_learning_rate_on_another_gpu_is_read_at_every_step() -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     lr = torch.tensor(0.5)
     training.groups[0]["lr"] = lr.as_subclass(OnAnotherGPU)
     training.train()
@@ -187,7 +178,7 @@ def test_a_learning_rate_on_another_gpu_is_read_at_every_step() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_set_of_gradients_takes_the_same_plan(name: str) -> None:
-    training = Training(name, make_params(), **STATEFUL[name])
+    training = Training(name, few_weights(), **STATEFUL[name])
     training.train()
     plan = training.optimizer._paths.triton.plan
     for without in ([0], [1, 2], [0, 2], [0, 1, 2], []):
@@ -197,9 +188,9 @@ def test_any_set_of_gradients_takes_the_same_plan(name: str) -> None:
 
 
 def test_states_that_were_loaded_need_no_gradient_to_be_planned() -> None:
-    trained = Training("AdamW", make_params(), **ADAMW)
+    trained = Training("AdamW", few_weights(), **ADAMW)
     trained.train(2)
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     training.optimizer.load_state_dict(copy.deepcopy(trained.optimizer.state_dict()))
     for without in ([1, 2], [0], [2]):
         training.move_grads(without)
@@ -209,7 +200,7 @@ def test_states_that_were_loaded_need_no_gradient_to_be_planned() -> None:
 
 def test_the_first_step_is_in_inference_mode() -> None:
     # States made there could not be written to later, as with torch.optim.
-    training = Training("SGD", make_params(), lr=0.5)
+    training = Training("SGD", few_weights(), lr=0.5)
     training.move_grads()
     with torch.inference_mode():
         training.optimizer.step()
@@ -219,7 +210,7 @@ def test_the_first_step_is_in_inference_mode() -> None:
 
 
 def test_backend_changes() -> None:
-    training = Training("SGD", make_params(), **MOMENTUM)
+    training = Training("SGD", few_weights(), **MOMENTUM)
     training.train()
     training.optimizer.backend = "torch"
     training.train()
@@ -231,9 +222,9 @@ def test_backend_changes() -> None:
 
 @BACKENDS
 def test_groups_are_added(backend: str) -> None:
-    training = Training("AdamW", make_params(), **ADAMW, backend=backend)
+    training = Training("AdamW", few_weights(), **ADAMW, backend=backend)
     training.train()
-    more = make_params(seed=7)
+    more = few_weights(seed=7)
     training.optimizer.add_param_group({"params": more[:2], "lr": 0.25, "clipping": 0.5})
     training.train()
     training.optimizer.add_param_group({"params": more[2:], "maximize": True})
@@ -242,7 +233,7 @@ def test_groups_are_added(backend: str) -> None:
 
 @BACKENDS
 def test_parameters_move_to_other_memory(backend: str) -> None:
-    training = Training("AdamW", make_params(), **ADAMW, backend=backend)
+    training = Training("AdamW", few_weights(), **ADAMW, backend=backend)
     training.train()
     left = [p.detach() for p in training.params]
     values = copy.deepcopy(left)
@@ -261,7 +252,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @BACKENDS
 def test_parameters_are_transposed_and_nothing_else(backend: str) -> None:
-    training = Training("SGD", [make_weight((4, 4)).float().to(DEVICE)], lr=0.5, backend=backend)
+    training = Training("SGD", [weight((4, 4), device=DEVICE)], lr=0.5, backend=backend)
     training.train()
     (param,) = training.params
     param.data = param.data.t()
@@ -270,7 +261,7 @@ def test_parameters_are_transposed_and_nothing_else(backend: str) -> None:
 
 @BACKENDS
 def test_a_parameter_narrowed_where_it_is_leaves_the_rest_alone(backend: str) -> None:
-    training = Training("SGD", [make_weight((4, 4)).float().to(DEVICE)], lr=0.5, backend=backend)
+    training = Training("SGD", [weight((4, 4), device=DEVICE)], lr=0.5, backend=backend)
     training.train()
     (param,) = training.params
     whole, before = param.data, param.detach().clone()
@@ -284,7 +275,7 @@ def test_a_parameter_narrowed_where_it_is_leaves_the_rest_alone(backend: str) ->
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_parameters_change_shape_where_they_are(backend: str, name: str, view: str) -> None:
-    training = Training(name, [make_weight((4, 4)).float().to(DEVICE)], lr=0.5, backend=backend)
+    training = Training(name, [weight((4, 4), device=DEVICE)], lr=0.5, backend=backend)
     training.train()
     (param,) = training.params
     assert param.grad is not None
@@ -297,7 +288,7 @@ def test_parameters_change_shape_where_they_are(backend: str, name: str, view: s
 
 
 def test_parameters_change_dtype_where_they_are() -> None:
-    training = Training("SGD", make_params(torch.float16), lr=0.5)
+    training = Training("SGD", few_weights(torch.float16), lr=0.5)
     training.train()
     for p in training.params:
         assert p.grad is not None
@@ -310,7 +301,12 @@ def test_parameters_change_dtype_where_they_are() -> None:
 
 @BACKENDS
 def test_parameters_are_frozen_and_thawed(backend: str) -> None:
-    training = Training("AdamW", [Parameter(p) for p in make_params()], **ADAMW, backend=backend)
+    training = Training(
+        "AdamW",
+        [Parameter(p) for p in few_weights()],
+        **ADAMW,
+        backend=backend,
+    )
     training.train()
     training.params[1].requires_grad_(False)
     before = training.params[1].detach().clone()
@@ -323,12 +319,12 @@ def test_parameters_are_frozen_and_thawed(backend: str) -> None:
 
 @pytest.mark.parametrize("clipping", [0, CLIPPING])
 def test_gradients_of_another_shape_are_refused(clipping: float) -> None:
-    training = Training("AdamW", make_params(), **ADAMW, clipping=clipping)
+    training = Training("AdamW", few_weights(), **ADAMW, clipping=clipping)
     training.train()
     param = training.params[0]
     assert param.grad is not None
     param.grad = Guarded(param.grad).tensor
-    param.data = make_weight((6, 20)).float().to(DEVICE)
+    param.data = weight((6, 20), device=DEVICE)
     training.optimizer.state.pop(param)
     before = param.detach().clone()
     with pytest.raises(RuntimeError, match=r"shape|size"):
@@ -341,7 +337,7 @@ def vectors(training: Training) -> set[int]:
 
 
 def test_gradients_lose_and_regain_alignment() -> None:
-    training = Training("AdamW", make_params()[::2], **ADAMW)
+    training = Training("AdamW", few_weights()[::2], **ADAMW)
     training.train()
     assert vectors(training) == {4}
     training.move_grads(place=unaligned)
@@ -351,7 +347,7 @@ def test_gradients_lose_and_regain_alignment() -> None:
 
 
 def test_parameters_and_states_lose_alignment() -> None:
-    training = Training("AdamW", make_params()[::2], **ADAMW)
+    training = Training("AdamW", few_weights()[::2], **ADAMW)
     training.train()
     for p in training.params:
         p.data = unaligned(p.data)
@@ -369,13 +365,13 @@ def test_parameters_and_states_lose_alignment() -> None:
 
 @BACKENDS
 def test_gradients_change_layout(backend: str) -> None:
-    weight = make_weight((4, 3, 2, 2)).float().to(DEVICE)
-    training = Training("AdamW", [weight], **ADAMW, backend=backend)
+    param = weight((4, 3, 2, 2), device=DEVICE)
+    training = Training("AdamW", [param], **ADAMW, backend=backend)
     training.train()
     for layout in (torch.channels_last, torch.contiguous_format):
         training.move_grads(place=partial(torch.clone, memory_format=layout))
         training.step()
-    weight.data = weight.data.to(memory_format=torch.channels_last)
+    param.data = param.data.to(memory_format=torch.channels_last)
     training.train()
 
 
@@ -385,7 +381,7 @@ def exchange(groups: list[dict[str, Any]]) -> None:
 
 
 def replace(groups: list[dict[str, Any]]) -> None:
-    groups[0]["params"][0] = make_weight((3, 20), seed=9).float().to(DEVICE)
+    groups[0]["params"][0] = weight((3, 20), device=DEVICE, seed=9)
 
 
 REGROUPED: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
@@ -399,7 +395,7 @@ REGROUPED: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
 @BACKENDS
 @pytest.mark.parametrize("change", REGROUPED)
 def test_parameters_change_groups(backend: str, change: str) -> None:
-    first, second = make_params(), make_params(seed=5)
+    first, second = few_weights(), few_weights(seed=5)
     groups = [{"params": first}, {"params": second, "lr": 0.125, "clipping": 0.5}]
     training = Training("SGD", groups, **MOMENTUM, backend=backend)
     training.train()
@@ -413,7 +409,7 @@ def test_parameters_change_groups(backend: str, change: str) -> None:
 
 @pytest.mark.parametrize("option", [{"foreach": True}, {"differentiable": True}, {"fused": False}])
 def test_an_option_that_means_the_torch_path_is_refused(option: dict[str, Any]) -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     training.train()
     training.groups[0].update(option)
     training.move_grads()
@@ -426,7 +422,7 @@ def test_an_option_that_means_the_torch_path_is_refused(option: dict[str, Any]) 
 
 def test_one_plan_for_one_optimizer() -> None:
     # Two optimizers over the same parameters do not share tables.
-    params = make_params()
+    params = few_weights()
     first, second = Training("AdamW", params, **ADAMW), Training("AdamW", params, **ADAMW)
     first.train()
     second.train()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.cases import build
-from tests.support.helpers import same
-from tests.support.triton_cases import DEVICE, TRITON, make_grad, make_weight
-from tests.support.triton_training import Training, make_params
+from tests.support.optimizers import TRITON, build
+from tests.support.places import DEVICE, few_weights
+from tests.support.tensors import grad_like, same, weight
+from tests.support.training import Training
 
 
 @pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
 def test_a_hyperparameter_on_the_device_of_another_dtype(name: str) -> None:
-    params = make_params()
+    params = few_weights()
     for p in params:
-        p.grad = make_grad(p.shape).float().to(DEVICE)
+        p.grad = grad_like(p)
     before = [p.clone() for p in params]
     rate = torch.tensor(0.5, dtype=torch.float64, device=DEVICE)
     optimizer = build(name, params, {"lr": rate, "capturable": True, **TRITON})
@@ -30,7 +30,7 @@ def test_a_hyperparameter_on_the_device_of_another_dtype(name: str) -> None:
 
 def test_a_parameter_that_loses_rows_where_it_is() -> None:
     # Its strides and address are what they were; what is left of it is not dense.
-    training = Training("SGD", [make_weight((3, 4)).float().to(DEVICE).t()], lr=0.5)
+    training = Training("SGD", [weight((3, 4), device=DEVICE).t()], lr=0.5)
     training.train()
     (param,) = training.params
     whole = param.data
@@ -43,10 +43,10 @@ def test_a_parameter_that_loses_rows_where_it_is() -> None:
 
 def test_a_parameter_that_is_in_its_group_twice() -> None:
     # Two programs would update it at once.
-    param = make_weight((3, 4)).float().to(DEVICE)
+    param = weight((3, 4), device=DEVICE)
     with pytest.warns(UserWarning, match="duplicate parameters"):
         optimizer = build("SGD", [param, param], {"lr": 0.5, **TRITON})
-    param.grad = make_grad((3, 4)).float().to(DEVICE)
+    param.grad = grad_like(param)
     before = param.clone()
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*twice"):
         optimizer.step()

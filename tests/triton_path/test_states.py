@@ -11,25 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cases import NAMES, STATEFUL, build, step_with
-from tests.support.helpers import PAIRS, nothing_changes, same
-from tests.support.triton_cases import (
-    DEVICE,
-    TRITON,
-    Guarded,
-    KernelOracle,
-    bucket_plans,
-    make_grad,
-    make_weight,
-    states_of,
-)
-from tests.support.triton_training import (
-    ADAMW,
-    MOMENTUM,
-    Training,
-    make_params,
-    moved,
-)
+from tests.support.checks import nothing_changes, oracle_for, states_of, step_with
+from tests.support.guards import Guarded
+from tests.support.optimizers import ADAMW, MOMENTUM, NAMES, PAIRS, STATEFUL, TRITON, build
+from tests.support.places import DEVICE, KERNELS, few_weights
+from tests.support.plans import bucket_plans
+from tests.support.tensors import grad_like, moved, same, weight
+from tests.support.training import Training
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
@@ -38,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "torch.optim's"])
 def test_state_is_loaded(name: str, ours: bool) -> None:
     options = STATEFUL[name]
-    training = Training(name, make_params(), **options)
+    training = Training(name, few_weights(), **options)
     training.train()
     before = copy.deepcopy(training.optimizer.state_dict())
     kept = [
@@ -48,14 +36,14 @@ def test_state_is_loaded(name: str, ours: bool) -> None:
     ]
     values = copy.deepcopy(kept)
     if ours:
-        other = Training(name, make_params(seed=5), **options).optimizer
+        other = Training(name, few_weights(seed=5), **options).optimizer
     else:
         other = {ours.__name__: cls for cls, ours in PAIRS.items()}[f"{name}_AGC"](
-            make_params(seed=5), **options
+            few_weights(seed=5), **options
         )
     for group in other.param_groups:
         for i, p in enumerate(group["params"]):
-            p.grad = make_grad(p.shape, seed=50 + i).float().to(DEVICE)
+            p.grad = grad_like(p, 50 + i)
     for _ in range(2):
         other.step()
     training.optimizer.load_state_dict(other.state_dict())
@@ -65,14 +53,14 @@ def test_state_is_loaded(name: str, ours: bool) -> None:
 
 
 def test_state_goes_back_to_torch_optim() -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     training.train(2)
     params = [p.detach().clone() for p in training.params]
     theirs = torch.optim.AdamW(params, **ADAMW)
     theirs.load_state_dict(training.optimizer.state_dict())
     training.groups[0]["clipping"] = 0
     training.move_grads()
-    oracle = KernelOracle("AdamW", params, **ADAMW, clipping=0)
+    oracle = oracle_for("AdamW", params, KERNELS, **ADAMW, clipping=0)
     oracle.load(params, states_of(theirs, params))
     grads = [p.grad for p in training.params]
     oracle.step(grads)
@@ -83,9 +71,9 @@ def test_state_goes_back_to_torch_optim() -> None:
 
 
 def test_a_loaded_momentum_is_not_taken_for_a_first_one() -> None:
-    trained = Training("SGD", make_params(), **MOMENTUM)
+    trained = Training("SGD", few_weights(), **MOMENTUM)
     trained.train()
-    training = Training("SGD", make_params(), **MOMENTUM)
+    training = Training("SGD", few_weights(), **MOMENTUM)
     training.move_grads()
     training.optimizer.found_inf = torch.ones((), device=DEVICE)
     training.optimizer.step()  # skipped: still before the first step
@@ -95,7 +83,7 @@ def test_a_loaded_momentum_is_not_taken_for_a_first_one() -> None:
 
 
 def test_a_first_step_after_loading_an_untrained_state() -> None:
-    training = Training("SGD", make_params(), **MOMENTUM)
+    training = Training("SGD", few_weights(), **MOMENTUM)
     fresh = copy.deepcopy(training.optimizer.state_dict())
     training.train(2)
     training.optimizer.load_state_dict(fresh)
@@ -121,7 +109,7 @@ STATE_MOVES: dict[str, Callable[[dict[str, Any]], None]] = {
 
 @pytest.mark.parametrize("move", STATE_MOVES)
 def test_states_move_to_other_memory(move: str) -> None:
-    training = Training("AdamW", [*make_params(), make_weight((1,)).float().to(DEVICE)], **ADAMW)
+    training = Training("AdamW", [*few_weights(), weight((1,), device=DEVICE)], **ADAMW)
     training.train()
     left = [x.detach() for s in states_of(training.optimizer, training.params) for x in s.values()]
     before = [x.data_ptr() for x in left]
@@ -135,7 +123,7 @@ def test_states_move_to_other_memory(move: str) -> None:
 
 
 def test_entries_of_the_state_are_replaced() -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     training.train()
     for p in training.params:
         training.optimizer.state[p] = copy.deepcopy(training.optimizer.state[p])
@@ -143,7 +131,7 @@ def test_entries_of_the_state_are_replaced() -> None:
 
 
 def test_the_state_is_cleared() -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     training.train()
     training.optimizer.state.clear()
     training.train(2)
@@ -153,7 +141,7 @@ def test_the_state_is_cleared() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_parameters_and_states_change_dtype(dtype: torch.dtype) -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     training.train()
     saved = copy.deepcopy(training.optimizer.state_dict())
     for p in training.params:
@@ -165,7 +153,7 @@ def test_parameters_and_states_change_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_states_left_in_another_dtype_are_refused(dtype: torch.dtype) -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     training.train()
     guards = []
     for p in training.params:
@@ -187,7 +175,7 @@ def test_states_left_in_another_dtype_are_refused(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 10), (3, 40), (60,)], ids=str)
 def test_states_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    training = Training("AdamW", make_params(), **ADAMW)
+    training = Training("AdamW", few_weights(), **ADAMW)
     training.train()
     guard = Guarded(torch.zeros(shape))
     training.optimizer.state[training.params[0]]["exp_avg"] = guard.tensor
@@ -206,7 +194,7 @@ def roundtrip(value: Any) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("relaid", [lambda t: t.t_(), lambda t: setattr(t, "data", t.data.t())])
 def test_states_are_transposed_in_place(name: str, relaid: Callable[[Tensor], Any]) -> None:
-    training = Training(name, [make_weight((5, 5)).float().to(DEVICE)], **STATEFUL[name])
+    training = Training(name, [weight((5, 5), device=DEVICE)], **STATEFUL[name])
     training.train()
     for state in states_of(training.optimizer, training.params)[0].values():
         if state.dim() == 2:
@@ -217,10 +205,10 @@ def test_states_are_transposed_in_place(name: str, relaid: Callable[[Tensor], An
 @pytest.mark.parametrize("copied", [copy.deepcopy, roundtrip], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_leave_the_original_alone(name: str, copied: Callable[[Any], Any]) -> None:
-    training = Training(name, make_params(), **STATEFUL[name])
+    training = Training(name, few_weights(), **STATEFUL[name])
     training.train()
     with nothing_changes(training.params, training.optimizer):
-        other = Training(name, make_params())
+        other = Training(name, few_weights())
         other.optimizer = copied(training.optimizer)
         other.train(2)
     training.train()
@@ -242,14 +230,14 @@ def test_parameters_of_one_element_keep_their_states_apart() -> None:
 def test_groups_of_adamw_that_do_not_say_how_to_decay(backend: str) -> None:
     """As those of torch 2.6."""
     optimizers: list[Any] = [
-        PAIRS[torch.optim.AdamW](make_params(), lr=0.1, weight_decay=0.5, backend=backend)
+        PAIRS[torch.optim.AdamW](few_weights(), lr=0.1, weight_decay=0.5, backend=backend)
         for _ in range(2)
     ]
     for group in optimizers[0].param_groups:
         group.pop("decoupled_weight_decay", None)
     for optimizer in optimizers:
         for i, p in enumerate(optimizer.param_groups[0]["params"]):
-            p.grad = make_grad(p.shape, seed=i).float().to(DEVICE)
+            p.grad = grad_like(p, i)
         optimizer.step()
     silent, known = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
     assert same(silent, known)
@@ -258,7 +246,7 @@ def test_groups_of_adamw_that_do_not_say_how_to_decay(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_steps_counted_in_another_dtype(name: str, dtype: torch.dtype) -> None:
-    training = Training(name, make_params(), **STATEFUL[name])
+    training = Training(name, few_weights(), **STATEFUL[name])
     training.train()
     for entry in training.optimizer.state.values():
         entry["step"] = entry["step"].to(dtype)
@@ -269,7 +257,7 @@ def test_steps_counted_in_another_dtype(name: str, dtype: torch.dtype) -> None:
 
 def test_units_are_numbered_through_all_launches() -> None:
     kinds = (torch.float32, torch.bfloat16)
-    params = [make_weight((3, 20), seed=i).to(DEVICE, kinds[i % 2]) for i in range(4)]
+    params = [weight((3, 20), kinds[i % 2], DEVICE, seed=i) for i in range(4)]
     optimizer = build("AdamW", params, TRITON)
     step_with(optimizer, params, [torch.ones_like(p) for p in params])
     numbers: list[int] = []

@@ -1,31 +1,26 @@
-"""Training on the Triton path, every step checked against the float64 oracle."""
+"""Training, every step checked against the float64 oracle or unchecked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from tests.support.cases import build
+from tests.support.checks import oracle_for, states_of
+from tests.support.optimizers import TRITON, build
 from tests.support.oracle import AGC, RULES, Oracle
-from tests.support.triton_cases import (
-    DEVICE,
-    TRITON,
-    KernelOracle,
-    make_grad,
-    make_weight,
-    states_of,
-)
-
-SHAPES = ((3, 20), (6,), (2, 12))
-ADAMW: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.1}
-MOMENTUM: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "dampening": 0.4}
+from tests.support.places import Place
+from tests.support.tensors import grads_like, set_grads
 
 
-def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-    return [make_weight(s, seed=seed + i).to(DEVICE, dtype) for i, s in enumerate(SHAPES)]
+def train(optimizer: Optimizer, params: Sequence[Tensor], steps: range) -> None:
+    """One update per seed."""
+    for seed in steps:
+        set_grads(params, seed)
+        optimizer.step()
 
 
 def options_of(name: str, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,13 +29,14 @@ def options_of(name: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Training:
-    """An optimizer on the Triton path; `step` compares every parameter and state with an oracle.
+    """An optimizer, on the Triton path unless told otherwise, beside an oracle of each parameter.
 
     Gradients that are replaced are kept and filled with NaN, so that a stale address shows.
     """
 
     def __init__(self, name: str, params: Any, **options: Any) -> None:
         self.name = name
+        self.backend: str = options.get("backend", "triton")
         self.optimizer: Any = build(name, params, {**TRITON, **options})
         self._unused: list[Tensor] = []
         self._seed = 0
@@ -58,16 +54,18 @@ class Training:
         self, without: Iterable[int] = (), place: Callable[[Tensor], Tensor] = torch.clone
     ) -> None:
         """New gradients in new memory, but for some parameters."""
-        for i, p in enumerate(self.params):
+        for i, (p, values) in enumerate(
+            zip(self.params, grads_like(self.params, self._seed), strict=True)
+        ):
             if p.grad is not None:
                 self._unused.append(p.grad.fill_(torch.nan))
-            values = make_grad(p.shape, seed=self._seed + i).to(DEVICE, p.dtype)
             p.grad = None if i in without else place(values)
         self._seed += 1
 
     def oracle(self, p: Tensor, group: Mapping[str, Any]) -> Oracle:
         """An oracle of one parameter as it is now."""
-        oracle = KernelOracle(self.name, [p], **options_of(self.name, group))
+        place = Place(self.optimizer.backend, p.device.type)
+        oracle = oracle_for(self.name, [p], place, **options_of(self.name, group))
         oracle.load([p], states_of(self.optimizer, [p]))
         return oracle
 
@@ -88,13 +86,3 @@ class Training:
         for _ in range(steps):
             self.move_grads()
             self.step()
-
-
-def moved(tensor: Tensor) -> Tensor:
-    """A copy in other memory; what is left behind must not be written to."""
-    return tensor.detach().clone()
-
-
-def unaligned(tensor: Tensor) -> Tensor:
-    buffer = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
-    return buffer[1:].view(tensor.shape).copy_(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cases import NAMES, STATEFUL
-from tests.support.triton_cases import TRITON, make_grad, make_weight
+from tests.support.optimizers import NAMES, STATEFUL, TRITON
+from tests.support.tensors import TILE_SHAPES, weights
 
 needs_gpu = [
     pytest.mark.cuda,
@@ -20,22 +21,11 @@ needs_gpu = [
     pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True"),
 ]
 
-# Several units to a program, a gain, units in registers, a unit in parts.
-SHAPES = ((3, 20), (7, 1, 1, 1), (2, 700), (1, 2, 10_245))
 every_rule = pytest.mark.parametrize("name", NAMES)
 
 
-def make_params(device: str = "cuda") -> list[Tensor]:
-    return [make_weight(shape, seed=i).float().to(device) for i, shape in enumerate(SHAPES)]
-
-
-def make_grads(seed: int, device: str = "cuda") -> list[Tensor]:
-    return [make_grad(s, seed=10 * seed + i).float().to(device) for i, s in enumerate(SHAPES)]
-
-
-def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    for p, grad in zip(params, grads, strict=True):
-        p.grad = grad
+def cuda_weights() -> list[Tensor]:
+    return weights(TILE_SHAPES, device="cuda")
 
 
 def copy_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -53,8 +43,26 @@ def capturable(name: str) -> dict[str, Any]:
 
 @contextmanager
 def side_stream() -> Iterator[None]:
+    """What is done within is done on another stream, and waited for."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
+
+
+def _set_sync_debug_mode(mode: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Waiting for the device raises."""
+    torch.cuda.synchronize()
+    _set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        _set_sync_debug_mode("default")
