@@ -97,6 +97,20 @@ def test_gpt2s_conv1d_has_its_units_in_dimension_1() -> None:
     assert named(param_groups(model), "unit_dim", 1) == stored_in_out
 
 
+def test_units_of_experts_stored_in_out() -> None:
+    config = transformers.GptOssConfig(
+        **SIZES, head_dim=8, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2
+    )
+    model = transformers.GptOssForCausalLM(config)
+    groups = param_groups(model, units={"*.experts.*_proj": (0, 2)})
+    experts = {n for n, p in model.named_parameters() if p.shape == (3, 16, p.shape[-1])}
+    assert len(experts) == 4
+    assert named(groups, "unit_dim", (0, 2)) == experts
+    optimizer = AdamW_AGC(groups, lr=1e-2)
+    model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+
+
 class OurTrainer(transformers.Trainer):  # type: ignore[misc]  # installed for these tests only
     def create_optimizer(self, model: Any = None) -> Any:
         given = super().create_optimizer(model).param_groups
