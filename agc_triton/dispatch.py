@@ -14,9 +14,11 @@ from agc_triton.nonfinite import SkippedUnits, check_finite
 from agc_triton.norms import Clip
 from agc_triton.routing import eligible, wants_triton
 from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Work
+from agc_triton.sharded import Kind, is_sharded
 from agc_triton.snapshot import Cached
 from agc_triton.torch_path import step as torch_path
 from agc_triton.torch_path.plan import BlockPlan
+from agc_triton.torch_path.split import SplitStep
 from agc_triton.validation import check_gradients, check_group, check_options, check_shapes
 
 if TYPE_CHECKING:
@@ -54,12 +56,16 @@ class Paths:
             # A host sync on CUDA, as GradScaler itself has for optimizers it cannot fuse with.
             if rest and found_inf is not None and found_inf.item():
                 rest = []
-            updates = self._prepare_blocks(work, rest, skipped, grad_scale, found_inf)
+            split = SplitStep(work.rule, grad_scale)
+            updates = self._prepare_blocks(work, rest, skipped, grad_scale, found_inf, split)
         if plan is not None:
             plan.begin(grad_scale, found_inf, capturing)
+        split.begin()
+        if plan is not None:
             plan.update()
         for update in updates:
             update()
+        split.update()
 
     def _prepare_blocks(
         self,
@@ -68,6 +74,7 @@ class Paths:
         skipped: SkippedUnits | None,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        split: SplitStep,
     ) -> list[Callable[[], None]]:
         """What updates these groups on the torch path, all of it checked before any of it runs."""
         scaler = None if grad_scale is None else grad_scale.reshape(()), found_inf
@@ -77,7 +84,7 @@ class Paths:
         for (index, group), batches in zip(groups, collected, strict=True):
             check_options(group, index)
             clip = Clip.of(group, skipped) if work.needs_units(group) else None
-            for at, (lists, options) in enumerate(batches):
+            for at, (lists, options) in enumerate(self._here(work, index, batches, clip, split)):
                 given = lists, options, clip
                 if lists.params:
                     plan = self._blocks_of((index, at), work, *given)
@@ -85,6 +92,29 @@ class Paths:
                 else:
                     self.blocks.pop((index, at), None)
         return updates
+
+    def _here(
+        self, work: Work, index: int, batches: Batches, clip: Clip | None, split: SplitStep
+    ) -> Batches:
+        """The batches, with the local tensors of DTensors whose units are whole on this rank.
+
+        What is split between ranks goes to ``split``.
+        """
+        group = work.groups[index]
+        if clip is None or not any(map(is_sharded, group["params"])):
+            return batches
+        _check(work, index)
+        kinds = {id(param): work.kind_of(param, group) for param in group["params"]}
+        split.add([p for p in group["params"] if kinds[id(p)] is Kind.SPLIT], clip)
+        here: Batches = []
+        for lists, options in batches:
+            of_kind = {
+                kind: lists.select([i for i, p in enumerate(lists.params) if kinds[id(p)] is kind])
+                for kind in Kind
+            }
+            split.update_later(of_kind[Kind.SPLIT], options, clip)
+            here += [(of_kind[Kind.WHOLE].local(), options), (of_kind[Kind.OTHER], options)]
+        return here
 
     def _blocks_of(self, at: tuple[int, int], work: Work, *given: Any) -> BlockPlan:
         def make() -> BlockPlan:
@@ -135,7 +165,7 @@ class TritonPath:
             if not any(wants_triton(work.backend, group) for group in work.groups):
                 return None
             check()
-            taken = [eligible(work.backend, group, i) for i, group in enumerate(work.groups)]
+            taken = [eligible(work, index) for index in range(len(work.groups))]
             if not any(taken):
                 return None
             if capturing:  # plans need memory and copies that a capture allows none of

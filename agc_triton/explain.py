@@ -29,10 +29,10 @@ def explain(work: Work, bandwidth: float) -> pd.DataFrame:
     """The table behind `AGCOptimizer.explain`: every parameter, with or without a gradient."""
     taken: list[list[Tensor]] = []
     others: defaultdict[tuple[str, str, str], list[tuple[Tensor, int, int]]] = defaultdict(list)
-    for group in work.groups:
+    for index, group in enumerate(work.groups):
         states = len(work.rule.kernel.states(group))
         taken.append([])
-        for p, reason in zip(group["params"], reasons(work.backend, group), strict=True):
+        for p, reason in zip(group["params"], reasons(work, index), strict=True):
             if is_lazy(p):
                 continue
             if reason is None:

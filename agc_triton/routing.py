@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from agc_triton.rule import Work
+from agc_triton.sharded import Kind, is_sharded, local
 from agc_triton.units import PLAIN, has_units, memory_order, unit_layout
 from agc_triton.validation import tensor_name
 
@@ -22,6 +24,9 @@ BACKENDS = ("auto", "triton", "torch")
 TRITON_NEEDED = (3, 6)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Torch's operations on local tensors serve these, as a collective lies between norms and update.
+SPLIT = "its units are split between ranks"
 
 # Packages whose frames lie between a warning and the user's line.
 WITHIN = ("agc_triton", "torch")
@@ -87,24 +92,32 @@ def check_group_backend(backend: str, group: Mapping[str, Any], index: int) -> N
         )
 
 
-def reasons(backend: str, group: Mapping[str, Any]) -> list[str | None]:
+def reasons(work: Work, index: int) -> list[str | None]:
     """Why each parameter of a group takes the torch path, or None if the kernels take it.
 
     What the user asked for comes back as written: ``"torch"`` or, for example, ``"foreach=True"``.
     """
-    found = [_why_torch(backend, group, param) for param in group["params"]]
+    group = work.groups[index]
+    found = [_why_torch(work, group, param) for param in group["params"]]
     if len(set(map(id, group["params"]))) < len(found):  # programs would update it at once
         found = [reason or "a parameter is in its group twice" for reason in found]
     return found
 
 
-def _why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | None:
+def _why_torch(work: Work, group: Mapping[str, Any], param: Tensor) -> str | None:
+    backend = work.backend
     if backend == "torch":
         return backend
     if option := asks_for_torch(group):
         return option
     if is_lazy(param):
         return "it has no shape yet"
+    if is_sharded(param) and (kind := work.kind_of(param, group)) is not Kind.OTHER:
+        if kind is Kind.SPLIT:
+            return SPLIT
+        grad, param = param.grad, local(param)
+    else:
+        grad = param.grad
     if param.numel() == 0:
         return "it is empty"
     if not param.is_cuda and (backend == "auto" or not interpreted()):
@@ -125,7 +138,7 @@ def _why_torch(backend: str, group: Mapping[str, Any], param: Tensor) -> str | N
         return None if group["clipping"] else f"unit_dim={group['unit_dim']} is out of range"
     if unit_layout(param.shape, order, group["unit_dim"]) is None:
         return f"its units (unit_dim={group['unit_dim']}) are scattered in memory"
-    if param.grad is not None and param.grad.layout is not torch.strided:
+    if grad is not None and grad.layout is not torch.strided:
         return "its gradient is sparse"
     return None
 
@@ -143,20 +156,21 @@ def wants_triton(backend: str, group: Mapping[str, Any]) -> bool:
     return backend == "triton"
 
 
-def eligible(backend: str, group: Mapping[str, Any], index: int) -> list[Tensor]:
+def eligible(work: Work, index: int) -> list[Tensor]:
     """The parameters of a group that the kernels take.
 
     Raises:
         RuntimeError: ``backend="triton"`` and one that they cannot take.
     """
+    backend, group = work.backend, work.groups[index]
     if not wants_triton(backend, group):
         return []
     taken = []
-    pairs = zip(group["params"], reasons(backend, group), strict=True)
+    pairs = zip(group["params"], reasons(work, index), strict=True)
     for i, (param, reason) in enumerate(pairs):
         if reason is None:
             taken.append(param)
-        elif is_lazy(param) or param.numel() == 0:
+        elif is_lazy(param) or local(param).numel() == 0 or reason == SPLIT:
             continue
         elif backend == "triton":
             name = tensor_name(group, index, i)

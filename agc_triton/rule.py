@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from agc_triton.sharded import Kind, is_sharded, kind_of, local
+
 
 class TensorLists(NamedTuple):
     """What one call of a torch.optim functional updates, one entry per parameter.
@@ -26,6 +28,17 @@ class TensorLists(NamedTuple):
         states = tuple(pick(indices, state) for state in self.states)
         params, grads, steps = (pick(indices, t) for t in (self.params, self.grads, self.steps))
         return TensorLists(params, grads, states, steps)
+
+    def local(self) -> TensorLists:
+        """The same of what lies on this rank; parts of DTensors that are empty are left out."""
+        params, grads, *states = (
+            list(map(local, role)) for role in (self.params, self.grads, *self.states)
+        )
+        here = TensorLists(params, grads, tuple(states), self.steps)
+        sharded = map(is_sharded, self.params)
+        return here.select(
+            [i for i, dtensor in enumerate(sharded) if not dtensor or params[i].numel()]
+        )
 
 
 def pick(indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
@@ -101,6 +114,15 @@ class Work(NamedTuple):
     def needs_units(self, group: Mapping[str, Any]) -> bool:
         """Whether a group's units are clipped, or skipped where they are not finite."""
         return bool(group["clipping"]) or self.nonfinite == "skip_unit"
+
+    def kind_of(self, param: Tensor, group: Mapping[str, Any]) -> Kind:
+        """How a parameter of a group is stepped on this rank.
+
+        Skipped units are counted over all ranks, and autograd sees DTensors: these stay.
+        """
+        stays = self.nonfinite == "skip_unit" or group.get("differentiable")
+        kind = kind_of(param, group["unit_dim"])
+        return Kind.OTHER if stays and is_sharded(param) else kind
 
 
 def number(value: Any) -> float:

@@ -61,12 +61,13 @@ class Look(NamedTuple):
 
     ``key`` holds the options and the identities of containers that shape the plan; ``fixed`` are
     the tensors whose addresses and layouts it holds, ``loose`` those of which it knows the layouts
-    alone.
+    alone, and ``scalars`` those of which the addresses alone, as one element has no other layout.
     """
 
     key: Any
     fixed: list[Tensor]
     loose: list[Tensor]
+    scalars: list[Tensor]
 
 
 class Snapshot:
@@ -79,7 +80,7 @@ class Snapshot:
     def __init__(self, seen: Look, views: bool) -> None:
         self._key = seen.key
         self._layouts = Layouts(seen.fixed + seen.loose)
-        self._addresses = list(map(Tensor.data_ptr, seen.fixed))
+        self._addresses = list(map(Tensor.data_ptr, seen.fixed + seen.scalars))
         self._memory = list(map(Tensor.untyped_storage, seen.fixed)) if views else []
         self._starts = list(map(UntypedStorage.data_ptr, self._memory))
 
@@ -87,7 +88,7 @@ class Snapshot:
         """Whether everything is as it was."""
         return (
             now.key == self._key
-            and list(map(Tensor.data_ptr, now.fixed)) == self._addresses
+            and list(map(Tensor.data_ptr, now.fixed + now.scalars)) == self._addresses
             and list(map(UntypedStorage.data_ptr, self._memory)) == self._starts
             and self._layouts.fit(now.fixed + now.loose if now.loose else now.fixed)
         )

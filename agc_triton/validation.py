@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from agc_triton.options import AGC_OPTIONS
 from agc_triton.rule import KernelRule
+from agc_triton.sharded import is_sharded
 from agc_triton.units import UnitDim, split_dims, unit_axes
 
 # What norms in fp32 can be compared with.
 LARGEST = torch.finfo(torch.float32).max
-
-AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
 
 
 def check_options(options: Mapping[str, Any], index: int | None = None) -> None:
@@ -105,6 +105,8 @@ def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfin
                 f"{' without skip_unit' if nonfinite == 'skip_unit' else ''}"
             )
         check_grad(param, grad, group, index, i)
+        if is_sharded(param):
+            check_placements(param, grad, group, index, i)
 
 
 def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -114,6 +116,21 @@ def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int
         RuntimeError: dtype, device or shape differ.
     """
     _check_alike(param, grad, "the gradient's", "make them equal before step()", group, index, i)
+
+
+def check_placements(param: Any, grad: Any, group: Mapping[str, Any], index: int, i: int) -> None:
+    """Check that a DTensor's gradient is placed as it is.
+
+    Raises:
+        RuntimeError: it is a plain tensor, or placed otherwise; a sum over ranks may be missing.
+    """
+    placed = getattr(grad, "placements", None)
+    if placed != param.placements:
+        raise RuntimeError(
+            f"the gradient of {tensor_name(group, index, i)} is placed as {placed}, the parameter"
+            f" as {param.placements}; redistribute it: p.grad = p.grad.redistribute(placements="
+            "p.placements)"
+        )
 
 
 def check_in_place(grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:

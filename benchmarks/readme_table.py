@@ -1,4 +1,4 @@
-"""Writes README.md's table of step times from the CSVs that are committed in benchmarks/results.
+"""Writes README.md's tables of step times, and their picture, from the CSVs in benchmarks/results.
 
 python -m benchmarks.readme_table
 """
@@ -6,32 +6,107 @@ python -m benchmarks.readme_table
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from benchmarks.lib import plots
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN = "<!-- python -m benchmarks.readme_table -->"
+BEGIN = "<!-- python -m benchmarks.readme_table: {} -->"
 END = "<!-- end of the table -->"
 MODEL, DTYPE = "dm_nfnet_f0", "float32"
 TITLES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
 
+# Of the GPUs' table and picture.
+PICTURE = RESULTS / "gpu-step-times.png"
+GPU_MODELS = {
+    "dm_nfnet_f0": "NFNet-F0",
+    "resnet50": "ResNet-50",
+    "vit_base_patch16_224": "ViT-B/16",
+}
+GPU_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+GPU_COLUMNS = {
+    "agc_triton, Triton": "clipped: agc_triton",
+    "torch.optim fused, unclipped": "not clipped: torch fused",
+    "timm AGC, torch.optim fused": "clipped: timm, then torch fused",
+    "copy of as many bytes": "a copy of as many bytes",
+}
+
 
 def main() -> None:
-    """Put the tables between the markers."""
+    """Put the tables between the markers, and draw the picture."""
     README.write_text(with_tables(README.read_text()))
+    _, on_gpus = committed()
+    plots.gpu_step_times(gpu_rows(on_gpus), list(GPU_COLUMNS.values()), PICTURE)
+
+
+def committed() -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
+    """The committed results of CPUs and of GPUs, which alone have a head start."""
+    csvs = list(map(pd.read_csv, sorted(RESULTS.glob("*/throughput.csv"))))
+    on_gpus = [csv for csv in csvs if csv["head_start_ms"].notna().any()]
+    return [csv for csv in csvs if csv["head_start_ms"].isna().all()], on_gpus
 
 
 def with_tables(text: str) -> str:
     """The text with what is between the markers replaced by the tables of each CSV."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    csvs = map(pd.read_csv, sorted(RESULTS.glob("*/throughput.csv")))
-    found = [markdown(rows) for csv in csvs for rows in tables(csv)]
-    return "\n\n".join([before + BEGIN, *found, END + after])
+    on_cpus, on_gpus = committed()
+    text = _between(text, "CPU", [markdown(rows) for csv in on_cpus for rows in tables(csv)])
+    return _between(text, "GPU", [gpu_markdown(gpu_rows(on_gpus))] if on_gpus else [])
+
+
+def _between(text: str, which: str, found: list[str]) -> str:
+    begin = BEGIN.format(which)
+    before, rest = text.split(begin)
+    _, after = rest.split(END, maxsplit=1)
+    return "\n\n".join([before + begin, *found, END + after])
+
+
+def gpu_rows(csvs: list[pd.DataFrame]) -> pd.DataFrame:
+    """The GPUs' rows that are shown, with titles in place of names."""
+    rows = pd.concat(csvs)
+    shown = {"model": GPU_MODELS, "optimizer": TITLES, "dtype": GPU_DTYPES}
+    for column, titles in {**shown, "implementation": GPU_COLUMNS}.items():
+        rows[column] = rows[column].map(titles)
+    rows["device"] = rows["device"].str.removeprefix("NVIDIA ").str.split().str[0]
+    return rows[rows["optimizer"].isin(["SGD", "AdamW"])].dropna(
+        subset=["model", "dtype", "implementation"]
+    )
+
+
+def gpu_markdown(rows: pd.DataFrame) -> str:
+    """Ms per step by model, optimizer and dtype; the GPUs' figures side by side."""
+    devices = sorted(rows["device"].unique(), reverse=True)
+    lines = [
+        f"| ms per step, {' / '.join(devices)} | {' | '.join(GPU_COLUMNS.values())} |",
+        "|---" * (1 + len(GPU_COLUMNS)) + "|",
+    ]
+    keys = ["model", "optimizer", "dtype", "implementation", "device"]
+    by_case = rows.set_index(keys)
+    for case in product(GPU_MODELS.values(), ["AdamW", "SGD"], GPU_DTYPES.values()):
+        cells = [
+            " / ".join(_ms(by_case, (*case, column, device)) for device in devices)
+            for column in GPU_COLUMNS.values()
+        ]
+        model, optimizer, dtype = case
+        lines.append(f"| {model}, {optimizer}, {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ms(rows: pd.DataFrame, case: Any) -> str:
+    if case not in rows.index:
+        return "-"
+    row: Any = rows.loc[case]
+    return f"{_bound(row)}{row['device_ms']:.3g}"
+
+
+def _bound(row: Any) -> str:
+    """What stands before a time that may hold some of the host's."""
+    return "≤ " if row["host_ms"] > row["head_start_ms"] else ""
 
 
 def tables(csv: pd.DataFrame) -> Iterator[pd.DataFrame]:
@@ -42,15 +117,11 @@ def tables(csv: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def markdown(rows: pd.DataFrame) -> str:
-    """Median ms per step, and how many unclipped steps that is, by implementation and optimizer.
-
-    Where the host took longer than its head start, a GPU was busy for at most that.
-    """
+    """Median ms per step, and how many unclipped steps that is, by implementation and optimizer."""
     first = rows.iloc[0]
-    threads = f", {first['threads']} threads" if pd.isna(first["head_start_ms"]) else ""
     lines = [
         f"{MODEL}, {DTYPE}, {first['parameters'] / 1e6:.1f} million parameters on"
-        f" {first['device']}{threads}, torch {first['torch']}:",
+        f" {first['device']}, {first['threads']} threads, torch {first['torch']}:",
         "",
         f"| ms per step (times unclipped) | {' | '.join(TITLES.values())} |",
         "|---" * (1 + len(TITLES)) + "|",
@@ -66,9 +137,9 @@ def _cell(rows: pd.DataFrame, optimizer: str) -> str:
     if optimizer not in rows.index:
         return ""
     row: Any = rows.loc[optimizer]
-    bound, ratio = row["host_ms"] > row["head_start_ms"], row["ratio_to_unclipped"]
+    ratio = row["ratio_to_unclipped"]
     in_unclipped = "" if pd.isna(ratio) else f" ({ratio:.2f})"
-    return f"{'≤ ' if bound else ''}{row['device_ms']:.3g}{in_unclipped}"
+    return f"{row['device_ms']:.3g}{in_unclipped}"
 
 
 if __name__ == "__main__":

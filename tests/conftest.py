@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -84,17 +84,17 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``either_block`` is for what goes through blocks; these modes do not."""
 
-    def goes_through_blocks(item: Any) -> bool:
-        given = item.callspec.params
+    def goes_through_blocks(given: Mapping[str, Any]) -> bool:
         options = {given.get("mode"): True, **(given.get("options") or {})}
         return not (options.get("foreach") or options.get("differentiable"))
+
+    def params_of(item: Any) -> Mapping[str, Any]:
+        return item.callspec.params if hasattr(item, "callspec") else {}
 
     items[:] = [
         item
         for item in items
-        if getattr(item, "callspec", None) is None
-        or item.callspec.params.get("either_block") != "alone"
-        or goes_through_blocks(item)
+        if params_of(item).get("either_block") != "alone" or goes_through_blocks(params_of(item))
     ]
 
 

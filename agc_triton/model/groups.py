@@ -2,191 +2,157 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch import nn
 from torch.nn.parameter import is_lazy
 
+from agc_triton.model.entries import Entry, entries_of, show_sharded
+from agc_triton.model.given import Given, read_groups
 from agc_triton.model.head import Inputs, find_head
-from agc_triton.units import UnitDim, unit_axes
-
-Exclusion = str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool]
-
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A parameter, every name it has and all modules around it under any of them.
-
-    ``layer`` and ``tensor`` (such as "weight") say what it is under the first name; ``paths`` are
-    the names and those of all modules around them: what patterns are matched with.
-    """
-
-    param: nn.Parameter
-    layer: nn.Module
-    tensor: str
-    names: list[str]
-    around: list[nn.Module]
-
-    @property
-    def paths(self) -> list[str]:
-        return [name.rsplit(".", n)[0] for name in self.names for n in range(name.count(".") + 1)]
+from agc_triton.model.layers import decays, names_not_decayed, unit_dim_of
+from agc_triton.model.selection import Selector, select, within
+from agc_triton.units import UnitDim
 
 
 def param_groups(
     model: nn.Module,
     *,
+    groups: Iterable[Mapping[str, Any]] | None = None,
     clipping: float | None = None,
     agc_eps: float | None = None,
     weight_decay: float | None = None,
-    exclude: Exclusion | Iterable[Exclusion] | None = (),
+    no_decay: Selector | Iterable[Selector] | None = (),
+    exclude: Selector | Iterable[Selector] | None = (),
+    units: Mapping[Any, UnitDim] | None = None,
     exclude_head: bool = True,
     example_inputs: Inputs | None = None,
+    names: bool = True,
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model, ready for any optimizer of this package or `AGC` around another.
 
-    ``unit_dim`` follows the layer type: 1 for ConvTransposeNd, which stores (in, out, ...),
-    ((0, groups), 1) where it has groups, 0 where it is depthwise and for all other layers. Biases,
-    gains, scalars and normalization layers are not decayed. Shared parameters appear once, frozen
-    ones not at all.
+    ``unit_dim`` follows the layer type: 1 for ConvTransposeNd, which stores (in, out, ...), and
+    ((0, groups), 1) where it has groups, unless it is depthwise; 1 for transformers' Conv1D; 0 for
+    all others. Biases, gains, scalars, norms and what the model's own ``no_weight_decay()`` names,
+    in timm, are not decayed. Shared parameters appear once, frozen ones not at all. Names are those
+    of the model inside DistributedDataParallel and torch.compile.
 
     Args:
         model: any module; its parameters must be initialized.
+        groups: groups of its parameters that exist already, as dicts (timm's layer-wise lr decay,
+            transformers' Trainer, your own). They keep all their options, weight decay among them,
+            and are split only where parameters differ in ``unit_dim`` or are not clipped.
         clipping, agc_eps, weight_decay: for the groups they apply to; None leaves them to the
             optimizer's own arguments.
+        no_decay: what is not decayed either, as ``exclude``.
         exclude: what is not clipped, one or several of: a pattern (fnmatch) for names of parameters
             or modules, a module of the model, a module type, or a callable
             ``(name, parameter) -> bool``.
+        units: ``unit_dim`` of what such a pattern, module, type or callable matches; the last that
+            matches holds.
         exclude_head: leave the classifier head unclipped, as Brock et al. 2021 (arXiv 2102.06171,
-            section 4.1) do. The head is ``model.get_classifier()`` if there is one, else the last
-            Linear that runs on ``example_inputs``, else a layer with a usual name (fc, head,
-            classifier, ...), else the only Linear, else the last Linear that torch.fx sees.
+            section 4.1) do. The head is ``model.get_classifier()`` or
+            ``model.get_output_embeddings()`` if there is one, else the last Linear that runs on
+            ``example_inputs``, else a layer with a usual name (fc, head, classifier, ...), else
+            what transformers put on top of the base model, else the only Linear, else the last
+            Linear that torch.fx sees.
         example_inputs: what the model takes, to find the head by running it in eval mode: a tensor,
             a tuple of arguments or a mapping of keyword arguments.
+        names: give the groups ``param_names``. torch.optim refuses to add groups of bare parameters
+            to named ones, which this package's optimizers do not.
 
     Returns:
         Groups with ``params``, ``param_names``, ``unit_dim`` and the options set for them.
 
     Raises:
-        TypeError: an exclusion that is none of these.
-        ValueError: an exclusion that matches nothing, a head that cannot be told, an uninitialized
-            parameter, or nothing to train.
+        TypeError: a model, group or selector that is none.
+        ValueError: a selector that matches nothing, a head that cannot be told, an uninitialized
+            parameter, a misspelt option of a group, or nothing to train.
     """
-    entries = _entries(model)
-    unclipped = _excluded(entries, _as_list(exclude))
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups takes the model itself, not {type(model).__name__}: param_groups(model);"
+            " parameters or groups of it go to groups=[{'params': ...}, ...]"
+        )
+    if groups is not None and not (weight_decay is None and no_decay in (None, ())):
+        raise ValueError(
+            "groups keep the weight decay they have: leave out weight_decay and no_decay, or groups"
+        )
+    show_sharded(model)
+    entries = entries_of(model)
+    given = [_trained(entries, model)] if groups is None else read_groups(groups, entries, model)
+    members = [entry for _, named in given for _, entry in named]
+    _check_initialized(members)
+    own: dict[int, dict[str, Any]] = {id(entry.param): {} for entry in members}
+    for selector, unit_dim in _checked_units(units).items():
+        for key in select(members, [selector], "units"):
+            own[key]["unit_dim"] = unit_dim
+    unclipped = select(members, exclude, "exclude")
     if exclude_head:
-        unclipped |= {
-            id(p) for module in find_head(model, example_inputs) for p in module.parameters()
-        }
-    given = {"clipping": clipping, "agc_eps": agc_eps, "weight_decay": weight_decay}
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for entry in entries:
-        options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        options["unit_dim"] = _unit_dim(entry)
-        if id(entry.param) in unclipped:
-            options["clipping"] = 0.0
-        if not _decays(entry):
-            options["weight_decay"] = 0.0
-        key = tuple(sorted(options.items()))
-        group = groups.setdefault(key, {"params": [], "param_names": [], **options})
-        group["params"].append(entry.param)
-        group["param_names"].append(entry.names[0])
-    return list(groups.values())
+        unclipped |= within(members, find_head(model, example_inputs))
+    for key in unclipped:
+        own[key]["clipping"] = 0.0
+    if groups is None:
+        for key in select(members, no_decay, "no_decay") | _undecayed(members, model):
+            own[key]["weight_decay"] = 0.0
+    options = {"clipping": clipping, "agc_eps": agc_eps, "weight_decay": weight_decay}
+    return _split(given, {k: v for k, v in options.items() if v is not None}, own, names)
 
 
-def _entries(model: nn.Module) -> list[_Entry]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    entries: dict[int, _Entry] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        if not param.requires_grad:
-            continue
-        if is_lazy(param):
-            raise ValueError(f"{name!r} is uninitialized; run the model once before param_groups()")
-        path, _, tensor = name.rpartition(".")
-        # A parametrized tensor lies at LAYER.parametrizations.TENSOR.original.
-        layer_path, _, parametrized = f".{path}".partition(".parametrizations.")
-        layer, tensor = modules[layer_path[1:]], parametrized or tensor
-        entry = entries.setdefault(id(param), _Entry(param, layer, tensor, [], []))
-        entry.names.append(name)
-        parts = path.split(".") if path else []
-        entry.around.extend(modules[".".join(parts[:n])] for n in range(len(parts) + 1))
-    if not entries:
+def _trained(entries: Sequence[Entry], model: nn.Module) -> Given:
+    trained = [(entry.names[0], entry) for entry in entries if entry.param.requires_grad]
+    if not trained:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
-    return list(entries.values())
+    return {}, trained
 
 
-def _unit_dim(entry: _Entry) -> UnitDim:
-    """By layer type; None for the default."""
-    layer, shape = entry.layer, entry.param.shape
-    if not unit_axes(shape, None) or not isinstance(layer, _ConvTransposeNd):
-        return None
-    if layer.groups == layer.in_channels == layer.out_channels:
-        return None
-    return 1 if layer.groups == 1 else ((0, layer.groups), 1)
-
-
-def _decays(entry: _Entry) -> bool:
-    is_gain = not unit_axes(entry.param.shape, None)
-    return not ("bias" in entry.tensor or is_gain or isinstance(entry.layer, _NORMS))
-
-
-def _as_list(exclude: Any) -> list[Exclusion]:
-    if exclude is None:
-        return []
-    one = isinstance(exclude, str) or callable(exclude) or not isinstance(exclude, Iterable)
-    exclusions = [exclude] if one else list(exclude)
-    for exclusion in exclusions:
-        if not (isinstance(exclusion, str) or callable(exclusion)):
-            raise TypeError(
-                f"exclude takes patterns, modules, module types and callables (name, parameter) ->"
-                f" bool, not {exclusion!r:.60}"
+def _check_initialized(entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        if is_lazy(entry.param):
+            raise ValueError(
+                f"{entry.names[0]!r} is uninitialized; run the model once before param_groups()"
             )
-    return exclusions
 
 
-def _excluded(entries: list[_Entry], exclude: list[Exclusion]) -> set[int]:
-    """Ids of the parameters that the exclusions name."""
-    excluded: set[int] = set()
-    for exclusion in exclude:
-        found = {id(entry.param) for entry in entries if _matches(entry, exclusion)}
-        if not found and isinstance(exclusion, (str, type, nn.Module)):
-            raise ValueError(_no_match(entries, exclusion))
-        excluded |= found
-    return excluded
-
-
-def _matches(entry: _Entry, exclusion: Exclusion) -> bool:
-    if isinstance(exclusion, str):
-        return any(fnmatch.fnmatchcase(path, exclusion) for path in entry.paths)
-    if isinstance(exclusion, type):
-        return any(isinstance(module, exclusion) for module in entry.around)
-    if isinstance(exclusion, nn.Module):  # to be called is what it is for
-        return any(module is exclusion for module in entry.around)
-    return any(exclusion(name, entry.param) for name in entry.names)
-
-
-def _no_match(entries: list[_Entry], exclusion: str | type | nn.Module) -> str:
-    if isinstance(exclusion, nn.Module):
-        return (
-            f"exclude has a {type(exclusion).__name__} that is no module of this model with"
-            " trainable parameters; name it by a pattern if the model is a copy"
-        )
-    if isinstance(exclusion, type):
-        types = sorted({type(m).__name__ for entry in entries for m in entry.around})
-        return (
-            f"exclude={exclusion.__name__} matches no module with trainable parameters;"
-            f" there are: {', '.join(types)}"
-        )
-    paths = list(dict.fromkeys(path for entry in entries for path in entry.paths))
-    near = difflib.get_close_matches(exclusion, paths, n=5, cutoff=0.0)
-    return (
-        f"exclude={exclusion!r} matches no trainable parameter or module with one; near names:"
-        f" {', '.join(near)}"
+def _checked_units(units: Mapping[Any, UnitDim] | None) -> Mapping[Any, UnitDim]:
+    if units is None or isinstance(units, Mapping):
+        return units or {}
+    raise TypeError(
+        "units takes a mapping from patterns, modules, module types or callables to unit_dim, not"
+        f" {units!r:.60}"
     )
+
+
+def _undecayed(entries: Sequence[Entry], model: nn.Module) -> set[int]:
+    named = names_not_decayed(model)
+    return {
+        id(entry.param)
+        for entry in entries
+        if not decays(entry) or any(fnmatchcase(n, p) for n in entry.names for p in named)
+    }
+
+
+def _split(
+    given: Sequence[Given],
+    options: Mapping[str, Any],
+    own: Mapping[int, Mapping[str, Any]],
+    names: bool,
+) -> list[dict[str, Any]]:
+    """Groups of equal options: a parameter's own before its group's before those for all."""
+    result: list[dict[str, Any]] = []
+    for group_options, members in given:
+        parts: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for name, entry in members:
+            everyone = {**options, "unit_dim": unit_dim_of(entry)}
+            merged = {**everyone, **group_options, **own[id(entry.param)]}
+            key = (merged.get("clipping"), merged.get("weight_decay"), repr(merged["unit_dim"]))
+            part = parts.setdefault(key, {"params": [], "param_names": [], **merged})
+            part["params"].append(entry.param)
+            part["param_names"].append(name)
+        result.extend(parts.values())
+    if not names:
+        for part in result:
+            del part["param_names"]
+    return result

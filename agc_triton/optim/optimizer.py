@@ -13,10 +13,12 @@ from torch.optim.optimizer import ParamsT
 from agc_triton.dispatch import Paths
 from agc_triton.nonfinite import check_nonfinite
 from agc_triton.optim.documentation import AGC_DOC
+from agc_triton.optim.groups import check_keys, name_unnamed
+from agc_triton.options import AGC_OPTIONS
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
 from agc_triton.rule import Batches, Rule, Work
 from agc_triton.units import UnitDim
-from agc_triton.validation import AGC_OPTIONS, check_group, check_loaded
+from agc_triton.validation import check_group, check_loaded
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -34,6 +36,7 @@ class AGCOptimizer(Optimizer):
     rule: ClassVar[Rule]
     # Objects pickled before there was such an option have none of their own.
     nonfinite: str = "propagate"
+    _constructing = False
 
     def __init_subclass__(cls) -> None:
         """Show torch's arguments and ours in help() and inspect.signature()."""
@@ -62,12 +65,16 @@ class AGCOptimizer(Optimizer):
         self.backend, self.nonfinite, self._paths = backend, nonfinite, Paths()
         self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         torch_init: Any = super().__init__
+        self._constructing = True
         torch_init(params, *args, **kwargs)
+        self._constructing = False
         if may_use_triton(backend, [p for g in self.param_groups for p in g["params"]]):
             self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it may set ``clipping``, ``agc_eps`` and ``unit_dim``.
+
+        Bare parameters are given names where the groups before have names.
 
         Raises:
             ValueError, TypeError: as the constructor; the optimizer is then unchanged.
@@ -75,6 +82,9 @@ class AGCOptimizer(Optimizer):
         # torch.optim builds ``defaults`` itself and calls this from its constructor.
         for key, value in self._agc_defaults.items():
             self.defaults.setdefault(key, value)
+        check_keys(param_group, len(self.param_groups), self.defaults)
+        if not self._constructing:  # groups made together are named together
+            name_unnamed(param_group, self.param_groups)
         super().add_param_group(param_group)
         try:
             group, index = self.param_groups[-1], len(self.param_groups) - 1

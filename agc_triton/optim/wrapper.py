@@ -10,9 +10,11 @@ from torch.optim import Optimizer
 
 from agc_triton.clipping import clip_groups_
 from agc_triton.dispatch import Clipper
+from agc_triton.optim.groups import check_keys, name_unnamed
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer
+from agc_triton.options import AGC_OPTIONS
 from agc_triton.units import UnitDim
-from agc_triton.validation import AGC_OPTIONS, check_group
+from agc_triton.validation import check_group
 
 
 class AGC(Optimizer):
@@ -54,6 +56,7 @@ class AGC(Optimizer):
                 )
         options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         for index, group in enumerate(optimizer.param_groups):
+            check_keys(group, index, optimizer.defaults)
             _check_group({**options, **group}, index)
         self.optimizer = optimizer
         self._clipper = Clipper()
@@ -97,11 +100,13 @@ class AGC(Optimizer):
         clip_groups_(self.param_groups, "auto", self._clipper)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base.
+        """Add a group to the base; bare parameters are given names where its groups have names.
 
         Raises:
             ValueError, TypeError: as the constructor; the base is then unchanged.
         """
+        check_keys(param_group, len(self.param_groups), self.defaults)
+        name_unnamed(param_group, self.param_groups)
         self.optimizer.add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1], len(self.param_groups) - 1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agc_triton.sharded import local
 from agc_triton.snapshot import Layouts
 from agc_triton.units import memory_order
 
@@ -20,9 +21,11 @@ class Gradients:
 
     Args:
         params: dense, of one dtype and device; none is kept alive.
+        sharded: whether these are local tensors, and `read` is given DTensors.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], sharded: bool = False) -> None:
+        self._sharded = sharded
         self._layouts = Layouts(params)
         self._shapes, self._kind = self._layouts.shapes, self._layouts.kinds[0]
         self._orders = [memory_order(p) for p in params]
@@ -33,6 +36,9 @@ class Gradients:
         """Addresses by parameter, 0 where there is no gradient; None if one does not fit."""
         self._copies = []  # an interrupted step leaves its own
         grads: list[Any] = list(map(_grad, params))
+        if self._sharded:
+            grads = [None if grad is None else local(grad) for grad in grads]
+            params = list(map(local, params))
         if self._layouts.fit(grads):
             return list(map(Tensor.data_ptr, grads))
         return self._read_each(params, grads)

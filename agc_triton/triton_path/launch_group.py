@@ -18,6 +18,7 @@ from torch import Tensor
 from agc_triton.kernels import abi
 from agc_triton.norms import Clip
 from agc_triton.rule import KernelRule, number
+from agc_triton.sharded import is_sharded, local
 from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
 from agc_triton.triton_path.gradients import Gradients
 from agc_triton.triton_path.launches import Kernel, StepLauncher
@@ -33,7 +34,7 @@ ACCESS = 16
 
 
 class Member(NamedTuple):
-    """One parameter of a plan.
+    """One parameter of a plan, or the DTensor whose local tensor is one; states are local.
 
     ``layout`` is that of its real elements, ``group`` its group's index; scalars and states are in
     the rule's order.
@@ -97,16 +98,17 @@ class LaunchGroup:
         skipped: Tensor | None,
         captured: list[Any],
     ) -> None:
-        params, options = [m.param for m in members], groups[members[0].group]
+        owners, options = [m.param for m in members], groups[members[0].group]
+        params = list(map(local, owners))
         n_states, dtype = len(members[0].states), params[0].dtype.to_real()
         self.rule, self.device = rule, params[0].device
         # A captured graph goes on to count where they lie.
         self._scalars = [m.scalars for m in members]
         self._captured, self._frozen = captured, False
-        self._grads = Gradients(params)
+        self._grads = Gradients(params, sharded=any(map(is_sharded, owners)))
         tensors = [params, *zip(*(m.scalars + m.states for m in members), strict=True)]
         addresses = [list(map(Tensor.data_ptr, role)) for role in tensors]
-        grads = self._grads.read(params)
+        grads = self._grads.read(owners)
         if grads is None:
             raise AssertionError("gradients that were checked do not fit; please report this")
         first_state = abi.SCALARS + rule.n_scalars

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agc_triton.nonfinite import SkippedUnits
 from agc_triton.rule import KernelRule, Work
+from agc_triton.sharded import is_sharded, local
 from agc_triton.snapshot import Look
 from agc_triton.triton_path.buckets import Bucket, TensorUnits, plan_buckets
 from agc_triton.triton_path.launch_group import ACCESS, LaunchGroup, Member, kernel_layout
@@ -29,14 +30,14 @@ Placed = tuple[Tensor, int]
 class Part(NamedTuple):
     """A launch group and what it is run on.
 
-    ``pick`` finds its parameters among all, ``entries`` are theirs in optimizer.state, and ``keys``
-    name what of these lies in the tables.
+    ``pick`` finds its parameters among all, ``entries`` are theirs in optimizer.state, and
+    ``states`` the keys there of its state tensors.
     """
 
     launches: LaunchGroup
     pick: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     entries: list[dict[str, Any]]
-    keys: tuple[str, ...]
+    states: tuple[str, ...]
 
 
 class TritonPlan:
@@ -79,6 +80,7 @@ class TritonPlan:
             else:
                 found[launch_key(self._rule, p, work.groups[index])].append((p, index))
         _check_members(work, chain.from_iterable(found.values()))
+        self._sharded = any(map(is_sharded, _all_params(work)))
         self._params = params = _all_params(work)
         self._pick_idle = _picker(params, idle)
         self._lengths = [len(group["params"]) for group in work.groups]
@@ -109,14 +111,19 @@ class TritonPlan:
             id(p) for index, mask in self._rest for p in compress(groups[index]["params"], mask)
         ]
         fixed: list[Tensor] = []
+        scalars: list[Tensor] = []
         try:
             for part in self.parts:
                 fixed += part.pick(params)
-                for name in part.keys:
+                for name in part.states:
                     fixed += map(itemgetter(name), part.entries)
+                for name in self._rule.scalars:
+                    scalars += map(itemgetter(name), part.entries)
         except KeyError:  # a state is gone
             return None
-        return Look((id(work.state), work.nonfinite, work.backend, rest), fixed, [])
+        if self._sharded:
+            fixed = list(map(local, fixed))
+        return Look((id(work.state), work.nonfinite, work.backend, rest), fixed, [], scalars)
 
     def write_tables(self, work: Work) -> bool:
         """Read gradients and options again; False if another plan is needed."""
@@ -167,8 +174,8 @@ def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
     found: defaultdict[Any, list[TensorUnits]] = defaultdict(list)
     for index, (group, params) in enumerate(zip(work.groups, taken, strict=True)):
         for p in params:
-            layout = kernel_layout(p, group["unit_dim"])
-            units = TensorUnits(layout, p.data_ptr() % ACCESS == 0, index)
+            layout = kernel_layout(local(p), group["unit_dim"])
+            units = TensorUnits(layout, local(p).data_ptr() % ACCESS == 0, index)
             found[launch_key(rule, p, group)].append(units)
     previews = []
     for (device, dtype, _, states), tensors in found.items():
@@ -200,8 +207,8 @@ def _part(
 ) -> Part:
     own, index = [p for p, _ in members], members[0][1]
     entries = [work.state.get(p, {}) for p in own]
-    keys = (*work.rule.kernel.scalars, *work.rule.kernel.states(work.groups[index]))
-    return Part(launches, _picker(params, own), entries, keys)
+    states = work.rule.kernel.states(work.groups[index])
+    return Part(launches, _picker(params, own), entries, states)
 
 
 def _create_states(work: Work, index: int, params: list[Tensor]) -> None:
@@ -226,16 +233,17 @@ def _members(work: Work, placed: list[Placed], own: OwnScalars, begun: set[Tenso
     members = []
     for (p, index), of_param in zip(placed, scalars, strict=True):
         states = tuple(_laid_out_as(p, work.state[p], key) for key in rule.states(group))
-        layout = kernel_layout(p, work.groups[index]["unit_dim"])
+        layout = kernel_layout(local(p), work.groups[index]["unit_dim"])
         members.append(Member(p, layout, index, of_param, states))
     return members
 
 
 def _laid_out_as(param: Tensor, entry: dict[str, Any], key: str) -> Tensor:
     """A state; where it is not in the parameter's memory order, a copy takes its place."""
-    state: Tensor = entry[key]
-    if memory_order(state) != memory_order(param) or state.is_conj() or state.is_neg():
-        state = entry[key] = torch.empty_like(param).copy_(state)
+    state = local(entry[key])
+    if memory_order(state) != memory_order(local(param)) or state.is_conj() or state.is_neg():
+        entry[key] = torch.empty_like(param).copy_(entry[key])
+        state = local(entry[key])
     return state
 
 
@@ -247,7 +255,7 @@ def _skip_counts(
         return {}
     units: defaultdict[torch.device, int] = defaultdict(int)
     for p, index in chain.from_iterable(groups):
-        units[p.device] += kernel_layout(p, work.groups[index]["unit_dim"]).n_units
+        units[p.device] += kernel_layout(local(p), work.groups[index]["unit_dim"]).n_units
     return {device: skipped.by_unit(device, n) for device, n in units.items()}
 
 

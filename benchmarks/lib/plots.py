@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 COLORS = {
     "ours": "tab:blue",
@@ -79,6 +81,42 @@ def draw_bars(ax: Axes, rows: pd.DataFrame, title: str) -> None:
         bbox_to_anchor=(1, 1),
         borderaxespad=0.2,
     )
+
+
+def gpu_step_times(rows: pd.DataFrame, implementations: list[str], path: Path) -> None:
+    """Bars of ms per step on GPUs, of the first two implementations; the last is the floor.
+
+    The third, far beyond the others, is told in words. White behind, for any theme around it.
+    """
+    ours, unclipped, far, floor = implementations
+    devices = sorted(rows["device"].unique(), reverse=True)
+    figure = Figure(figsize=(9, 0.9 + 2.9 * len(devices)), layout="constrained", facecolor="white")
+    axes = figure.subplots(len(devices), 1, squeeze=False)[:, 0]
+    for ax, device in zip(axes, devices, strict=True):
+        of_device = rows[rows["device"] == device]
+        cases = of_device.groupby(["model", "optimizer", "dtype"], sort=False)
+        for at, (_, of_case) in enumerate(cases):
+            by_name = of_case.set_index("implementation")
+            ms = by_name["device_ms"]
+            for left, name, role in ((-0.2, ours, "ours"), (0.2, unclipped, "unclipped")):
+                bound = by_name["host_ms"][name] > by_name["head_start_ms"][name]
+                ax.bar(at + left, ms[name], 0.4, color=COLORS[role], alpha=0.4 if bound else 1)
+            ax.hlines(ms[floor], at - 0.42, at + 0.42, color="black")
+            ax.text(at, 1.02 * max(ms[ours], ms[unclipped]), f"{ms[far]:.0f}", ha="center")
+        names = [" ".join(case) for case, _ in cases]
+        ax.set_xticks(range(len(cases)), names, rotation=25, ha="right")
+        ax.tick_params(labelsize=8)
+        ax.margins(y=0.12)
+        ax.set_ylabel(f"{device}: ms per step")
+    handles = [
+        Patch(color=COLORS["ours"], label=ours),
+        Patch(color=COLORS["unclipped"], label=unclipped),
+        Line2D([], [], color="black", label=floor),
+        Line2D([], [], linestyle="", label=f"the number above: {far}"),
+        Patch(color="tab:gray", alpha=0.4, label="pale: at most"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def training(table: pd.DataFrame, csv: Path) -> Path:

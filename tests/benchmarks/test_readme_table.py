@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import readme_table
+from benchmarks.lib import plots
 
 
 def test_readme_has_the_committed_figures() -> None:
@@ -76,15 +77,39 @@ def test_readme_tables_come_from_throughput_alone(
         rows.to_csv(tmp_path / machine / "throughput.csv")
     for other in ("a/host-cost", "b/scaling", "kernels-triton-9.9", "throughput"):
         readme_rows(device=other).to_csv(tmp_path / f"{other}.csv")
-    text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter"
+    begin = {which: readme_table.BEGIN.format(which) for which in ("GPU", "CPU")}
+    gpus = f"before\n{begin['GPU']}\nold\n{readme_table.END}\n"
+    text = f"{gpus}between\n{begin['CPU']}\nold\n{readme_table.END}\nafter"
     table = "\n".join([HEADING, *TABLE])
-    expected = f"before\n{readme_table.BEGIN}\n\n{table}\n\n{readme_table.END}\nafter"
+    expected = (
+        f"before\n{begin['GPU']}\n\n{readme_table.END}\nbetween\n"
+        f"{begin['CPU']}\n\n{table}\n\n{readme_table.END}\nafter"
+    )
     assert readme_table.with_tables(text) == expected
 
 
-def test_where_a_gpu_had_to_wait_for_the_host_times_are_bounds() -> None:
-    rows = readme_rows(device="Some GPU", head_start_ms=1.0).assign(host_ms=[1.1, 0.9, 0.9])
-    rows["ratio_to_unclipped"] = rows["ratio_to_unclipped"].where(rows["host_ms"] < 1)
-    heading, *_, first, second = readme_table.markdown(rows).splitlines()
-    assert heading == HEADING.replace("CPU, 2 threads", "GPU")
-    assert [first, second] == ["| x | ≤ 123 |  | 9.87 (1.00) |  |", "| y | 1 (0.50) |  |  |  |"]
+def gpu_rows() -> pd.DataFrame:
+    """Two GPUs' rows; in one the host took longer than the head start."""
+    case = {"model": "resnet50", "optimizer": "adamw", "dtype": "float32", "head_start_ms": 1.0}
+    rows = [
+        {**case, "device": device, "implementation": name, "device_ms": ms, "host_ms": host}
+        for device, ms, host in (("NVIDIA H100 80GB HBM3", 0.25, 1.5), ("NVIDIA H200", 0.2, 0.5))
+        for name in readme_table.GPU_COLUMNS
+    ]
+    other = {**rows[0], "model": "another"}
+    return readme_table.gpu_rows([pd.DataFrame(rows[:4]), pd.DataFrame([*rows[4:], other])])
+
+
+def test_gpus_stand_side_by_side_and_bounds_are_marked() -> None:
+    lines = readme_table.gpu_markdown(gpu_rows()).splitlines()
+    assert lines[0].startswith("| ms per step, H200 / H100 | clipped: agc_triton |")
+    (row,) = (line for line in lines if line.startswith("| ResNet-50, AdamW, fp32 |"))
+    assert row.split(" | ")[1] == "0.2 / ≤ 0.25"
+    (absent,) = (line for line in lines if line.startswith("| NFNet-F0, SGD, bf16 |"))
+    assert absent.split(" | ")[1] == "- / -"
+
+
+def test_the_picture_of_the_gpus(tmp_path: Path) -> None:
+    path = tmp_path / "bars.png"
+    plots.gpu_step_times(gpu_rows(), list(readme_table.GPU_COLUMNS.values()), path)
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,27 @@
+"""The options that AGC adds to parameter groups, and near misses of their names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Container, Iterable
+
+AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
+
+# Above what "eps", "clip" or "gradient_clipping" reach, under "agc_epsilon".
+_NEAR = 0.75
+
+
+def check_spelling(keys: Iterable[object], where: str, known: Container[object] = ()) -> None:
+    """Check that no key of a group is nearly an AGC option; ``where`` ends the message.
+
+    Keys that are like none, or ``known`` to the optimizer, are the user's affair.
+
+    Raises:
+        ValueError: a misspelt option, which would have no effect.
+    """
+    for key in keys:
+        if key in AGC_OPTIONS or key in known or not isinstance(key, str):
+            continue
+        plain = key.lower().replace("-", "_")
+        if near := difflib.get_close_matches(plain, AGC_OPTIONS, n=1, cutoff=_NEAR):
+            raise ValueError(f"unknown option {key!r}{where}; did you mean {near[0]!r}?")
