@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -84,18 +84,15 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``either_block`` is for what goes through blocks; these modes do not."""
 
-    def goes_through_blocks(given: Mapping[str, Any]) -> bool:
+    def goes_through_blocks(item: Any) -> bool:
+        given = item.callspec.params
         options = {given.get("mode"): True, **(given.get("options") or {})}
         return not (options.get("foreach") or options.get("differentiable"))
 
-    def params_of(item: Any) -> Mapping[str, Any]:
-        return item.callspec.params if hasattr(item, "callspec") else {}
+    def is_alone(item: Any) -> bool:
+        return hasattr(item, "callspec") and item.callspec.params.get("either_block") == "alone"
 
-    items[:] = [
-        item
-        for item in items
-        if params_of(item).get("either_block") != "alone" or goes_through_blocks(params_of(item))
-    ]
+    items[:] = [item for item in items if not is_alone(item) or goes_through_blocks(item)]
 
 
 @pytest.fixture(params=["packed", "alone"])

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.optimizers import NAMES, STATEFUL, build
+from tests.support.optimizers import NAMES, build, stateful
 from tests.support.ranks import RANKS, on_ranks
-from tests.support.tensors import grads_like, weight
+from tests.support.tensors import grad_like, weight
 
 STEPS = 6
 MODES: list[dict[str, Any]] = [{}, {"foreach": True}, {"clipping": 0}, {"unit_dim": 1}]
@@ -38,15 +38,15 @@ CASES = [
 
 
 def weights() -> list[Tensor]:
-    return [weight(shape, torch.float64, seed=i) for i, (shape, _) in enumerate(SHARDED)]
+    return [weight(shape, device="cpu", seed=i) for i, (shape, _) in enumerate(SHARDED)]
 
 
 def grads(step: int) -> list[Tensor]:
-    return grads_like(weights(), step)
+    return [grad_like(w, 100 * step + i) for i, w in enumerate(weights())]
 
 
 def options(name: str, mode: int, backend: str) -> dict[str, Any]:
-    return {**STATEFUL[name], "clipping": 0.05, **MODES[mode], "backend": backend}
+    return {**stateful(name), "clipping": 0.05, **MODES[mode], "backend": backend}
 
 
 def sharded(rank: int) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def test_equal_to_one_process(ranks: list[Any], name: str, mode: int, backend: s
     states = [[x for k, x in optimizer.state[p].items() if k != "step"] for p in params]
     for each in ranks:
         found = each[str((name, mode, backend))]
-        torch.testing.assert_close(found["values"], params, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(found["states"], states, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found["values"], params, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(found["states"], states, rtol=2e-6, atol=2e-6)
         # One collective a step for all split units; none where nothing is clipped.
         assert found["calls"] == (STEPS if MODES[mode].get("clipping", 1) else 0)
         assert bool(found["launched"]) == (backend == "triton")
@@ -121,7 +121,7 @@ def train(net: Any) -> list[Tensor]:
 
     optimizer = AdamW_AGC(net.parameters(), lr=0.1, clipping=0.05, backend="torch")
     for step in range(3):
-        loss = net(weight((4, 6), seed=step)).square().mean()
+        loss = net(weight((4, 6), device="cpu", seed=step)).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
