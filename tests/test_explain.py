@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -11,21 +12,19 @@ from torch import Tensor
 
 from agc_triton import SGD_AGC
 from tests.support.optimizers import NAMES, STATEFUL, TRITON, Kwargs, build
-from tests.support.places import DEVICE
+from tests.support.places import DEVICE, KERNELS
 from tests.support.plans import bucket_plans
-from tests.support.tensors import grad_like, in_order, unaligned, weight
+from tests.support.tensors import TILE_SHAPES, in_order, set_grads, unaligned
 
-SHAPES = ((3, 20), (7, 1, 1, 1), (2, 700), (1, 2, 10_245))
 SUMS = ["tensors", "units", "elements", "bytes", "launches"]
 
 # State tensors per parameter, with STATEFUL's options.
 STATES = {"SGD": 1, "Adam": 3, "AdamW": 3, "RMSprop": 3}
 
 
-def make_params(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    params = [weight(s, dtype, DEVICE, seed=i) for i, s in enumerate(SHAPES)]
-    for i, p in enumerate(params):
-        p.grad = grad_like(p, i)
+def with_grads(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    params = KERNELS.weights(TILE_SHAPES, dtype)
+    set_grads(params, 0)
     return params
 
 
@@ -41,7 +40,7 @@ def explained(optimizer: Any, **arguments: float) -> tuple[pd.DataFrame, pd.Seri
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_the_launches_of_the_plan(name: str, dtype: torch.dtype) -> None:
-    optimizer = build(name, make_params(dtype), {**STATEFUL[name], **TRITON})
+    optimizer = build(name, with_grads(dtype), {**STATEFUL[name], **TRITON})
     rows, total = explained(optimizer)
     optimizer.step()
     (plan,) = bucket_plans(optimizer)
@@ -61,9 +60,9 @@ def test_rows_are_the_launches_of_the_plan(name: str, dtype: torch.dtype) -> Non
 
 def test_each_dtype_and_set_of_flags_has_launches_of_its_own() -> None:
     groups = [
-        {"params": make_params()[:2]},
-        {"params": make_params()[:1], "amsgrad": True},
-        {"params": make_params(torch.float64)[:1]},
+        {"params": with_grads()[:2]},
+        {"params": with_grads()[:1], "amsgrad": True},
+        {"params": with_grads(torch.float64)[:1]},
     ]
     optimizer = build("AdamW", groups, TRITON)
     rows, _ = explained(optimizer)
@@ -75,21 +74,21 @@ def test_each_dtype_and_set_of_flags_has_launches_of_its_own() -> None:
     assert list(zip(rows["dtype"], rows["tile"], strict=True)) == expected
 
 
-CLASSES: dict[str, tuple[Tensor, Kwargs]] = {
-    "rows": (weight((3, 20)), {}),
-    "registers": (weight((2, 700)), {}),
-    "split": (weight((2, 20_484)), {}),
-    "rows unaligned": (weight((3, 21)), {}),
-    "registers unaligned": (unaligned(weight((2, 700))), {}),
-    "rows strided": (weight((3, 4, 2)), {"unit_dim": 1}),
-    "registers strided": (in_order(weight((2, 350, 2)), (1, 0, 2)), {}),
+CLASSES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor], Kwargs]] = {
+    "rows": ((3, 20), Tensor.contiguous, {}),
+    "registers": ((2, 700), Tensor.contiguous, {}),
+    "split": ((2, 20_484), Tensor.contiguous, {}),
+    "rows unaligned": ((3, 21), Tensor.contiguous, {}),
+    "registers unaligned": ((2, 700), unaligned, {}),
+    "rows strided": ((3, 4, 2), Tensor.contiguous, {"unit_dim": 1}),
+    "registers strided": ((2, 350, 2), lambda t: in_order(t, (1, 0, 2)), {}),
 }
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_classes_say_how_units_are_read(kind: str) -> None:
-    weight, options = CLASSES[kind]
-    param = weight if "unaligned" in kind and DEVICE == "cpu" else weight.to(DEVICE)
+    shape, lay_out, options = CLASSES[kind]
+    param = lay_out(KERNELS.weight(shape))
     rows, _ = explained(build("SGD", [param], {**TRITON, **options}))
     assert rows["class"].tolist() == ["begin", kind]
 
@@ -136,7 +135,7 @@ def test_the_floor_follows_the_bandwidth() -> None:
 
 
 def test_it_changes_nothing() -> None:
-    optimizer: Any = build("AdamW", make_params(), TRITON)
+    optimizer: Any = build("AdamW", with_grads(), TRITON)
     optimizer.explain()
     assert not optimizer.state
     assert optimizer._paths.triton.plan is None

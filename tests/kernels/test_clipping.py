@@ -22,7 +22,7 @@ def weight_and_grad(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     grad = grad_like(param)
     if kind == "zero weights":
         param[1:] = 0.0
-        grad[2] *= 1e-7
+        grad[2] *= 1e-8
     elif kind == "zero gradients":
         grad[1] = 0.0
     elif kind == "tiny gradients":
