@@ -85,18 +85,17 @@ def test_steps_leave_no_memory_behind(
     monkeypatch.setattr(Launch, "fire", lambda launch, *varying: None)
     params = few_weights()
     optimizer = make(name, params, backend)
+    held = []
     tracemalloc.start()
     try:
-        steps_with_holes(optimizer, params, 400)
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        steps_with_holes(optimizer, params, 400)
-        gc.collect()
-        after = tracemalloc.get_traced_memory()[0]
+        for _ in range(3):
+            steps_with_holes(optimizer, params, 400)
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    # Not one small object per step: torch's and Python's caches settle.
-    assert after - before < 32 * 400
+    # Not one small object per step: torch's and Python's caches settle, a leak goes on.
+    assert min(held[1] - held[0], held[2] - held[1]) < 32 * 400
 
 
 # A forked process cannot use CUDA.

@@ -38,7 +38,9 @@ CASES = [
 
 
 def weights() -> list[Tensor]:
-    return [weight(shape, device="cpu", seed=i) for i, (shape, _) in enumerate(SHARDED)]
+    return [
+        weight(shape, torch.float64, device="cpu", seed=i) for i, (shape, _) in enumerate(SHARDED)
+    ]
 
 
 def grads(step: int) -> list[Tensor]:
@@ -101,8 +103,9 @@ def test_equal_to_one_process(ranks: list[Any], name: str, mode: int, backend: s
     states = [[x for k, x in optimizer.state[p].items() if k != "step"] for p in params]
     for each in ranks:
         found = each[str((name, mode, backend))]
-        torch.testing.assert_close(found["values"], params, rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(found["states"], states, rtol=2e-6, atol=2e-6)
+        # In fp64, as RMSprop's centered variances cancel; sums over ranks have another order.
+        torch.testing.assert_close(found["values"], params, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found["states"], states, rtol=1e-9, atol=1e-9)
         # One collective a step for all split units; none where nothing is clipped.
         assert found["calls"] == (STEPS if MODES[mode].get("clipping", 1) else 0)
         assert bool(found["launched"]) == (backend == "triton")
