@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,20 @@ from torch import Tensor
 from tests.support.interpreter import interpret_without_gpu
 
 interpret_without_gpu()  # before anything that imports agc_triton.kernels
+
+# What a GPU's machine may have to do without (`make test-gpu`), and the tests that need it.
+NEEDED = {
+    "benchmarks": ("matplotlib", "pandas", "sklearn", "tqdm"),
+    "gpu/test_benchmarks.py": ("matplotlib", "pandas", "tqdm"),
+    "meta": ("grimp", "importlinter", "pandas"),
+    "test_explain.py": ("pandas",),
+    "triton_path/test_buckets.py": ("pandas",),
+}
+collect_ignore = [
+    path
+    for path, modules in NEEDED.items()
+    if not all(importlib.util.find_spec(m) for m in modules)
+]
 
 # torch's fused kernels wake all threads for tensors of any size, which takes longer than the work.
 torch.set_num_threads(1)

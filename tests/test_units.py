@@ -149,6 +149,7 @@ def test_the_wrapper_and_checkpoints(kind: str) -> None:
 
 @on_both_paths
 def test_explain_counts_them(kind: str, backend: str) -> None:
+    pytest.importorskip("pandas")  # `make test-gpu` does without
     shape, unit_dim, split = KINDS[kind]
     (param,) = KERNELS.weights([shape])
     table = AdamW_AGC([param], unit_dim=unit_dim, backend=backend).explain()
