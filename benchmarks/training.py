@@ -184,12 +184,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"argument --models: {name} is no model of timm's, if there is timm")
     check_file(parser, args.out)
     torch.set_num_threads(THREADS)
-    torch.backends.cudnn.benchmark = args.device == "cuda"
     tables: list[pd.DataFrame] = []
     for name in models:
         for batch in args.batches:
+            searched = torch.backends.cudnn.flags(enabled=True, benchmark=args.device == "cuda")
             try:
-                tables.append(measure(name, network(name, args.pixels), batch, args))
+                with searched:
+                    tables.append(measure(name, network(name, args.pixels), batch, args))
             except torch.OutOfMemoryError as error:
                 tqdm.write(f"{name}, batch {batch} is left out: {error}")
                 continue
