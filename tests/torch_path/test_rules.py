@@ -192,13 +192,14 @@ def test_fused_unscales_before_it_clips(name: str, shape: tuple[int, ...]) -> No
         oracle.check(params, states_of(optimizer, params))
 
 
+@pytest.mark.parametrize("mode", ["default", "foreach"])  # in blocks, and whole
 @pytest.mark.parametrize("clipping", [0, CLIPPING])
 @pytest.mark.parametrize("name", NAMES)
-def test_unscales_where_torchs_functions_would_not(name: str, clipping: float) -> None:
+def test_unscales_where_torchs_functions_would_not(name: str, clipping: float, mode: str) -> None:
     """As for a CPU parameter beside CUDA ones, with which the optimizer takes scaled gradients."""
     options = {**STATEFUL[name], "clipping": clipping}
     params = make_params(torch.float32)
-    optimizer: Any = build(name, params, options)
+    optimizer: Any = build(name, params, options, mode)
     oracle = Oracle(name, params, TOLERANCES["float32"], **options)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor([256.0]), torch.zeros(1)
     for step in range(STEPS):
