@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from agc_triton import routing
 from agc_triton.triton_path.launches import Kernel
@@ -217,6 +218,7 @@ def test_programs_on_amd_gpus_have_as_many_threads() -> None:
 
 COMPILE_IN_ORDER = """
 import torch
+import triton
 from agc_triton.triton_path.buckets import TileShape
 from benchmarks.lib.compiled import step_code
 from benchmarks.kernel_report import kernel_of
@@ -235,3 +237,31 @@ def test_launches_overlap_where_they_can() -> None:
         *(["80", "0", "0"] for _ in waits_and_triggers),
         *(["90", *pair] for pair in waits_and_triggers),
     ]
+
+
+# What Triton calls for jit_post_compile_hook and jit_cache_hook; it knows functions from 3.7 on.
+DESCRIBE = """
+import inspect, torch, triton
+from triton.runtime import jit
+from agc_triton.triton_path.buckets import TileShape
+from agc_triton.triton_path.launches import step_constexprs
+from benchmarks.kernel_report import kernel_of
+from benchmarks.lib.compiled import target_of
+class Anything: pass
+theirs = triton.language.standard.softmax
+shape = TileShape(1, 128, 2, 1, 4, False, False)
+ours = step_constexprs(shape, kernel_of("SGD", torch.float32), target_of("90"))
+for values in ([theirs], ours.values()):
+    given = {"constants": {(i,): v for i, v in enumerate(values)}, "attrs": {}}
+    for name in inspect.signature(jit.serialize_specialization_data).parameters:
+        given.setdefault(name, Anything() if name in ("options", "target") else "")
+    try:
+        print(bool(jit.serialize_specialization_data(**given)))
+    except TypeError:
+        print(False)
+"""
+
+
+def test_hooks_can_describe_our_kernels_where_they_can_any_that_take_a_function() -> None:
+    (theirs,), (ours,) = run_compiler(DESCRIBE)
+    assert ours == theirs == str(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
