@@ -20,6 +20,7 @@ from agc_triton.torch_path import step as torch_path
 from agc_triton.torch_path.plan import BlockPlan
 from agc_triton.torch_path.split import SplitStep
 from agc_triton.validation import check_gradients, check_group, check_options, check_shapes
+from agc_triton.versions import count_writes
 
 if TYPE_CHECKING:
     from agc_triton.triton_path.buckets import Bucket as Bucket
@@ -58,10 +59,9 @@ class Paths:
                 rest = []
             split = SplitStep(work.rule, grad_scale)
             updates = self._prepare_blocks(work, rest, skipped, grad_scale, found_inf, split)
+        split.begin()  # the first, as ranks may fail each other before anything has been written
         if plan is not None:
             plan.begin(grad_scale, found_inf, capturing)
-        split.begin()
-        if plan is not None:
             plan.update()
         for update in updates:
             update()
@@ -84,7 +84,8 @@ class Paths:
         for (index, group), batches in zip(groups, collected, strict=True):
             check_options(group, index)
             clip = Clip.of(group, skipped) if work.needs_units(group) else None
-            for at, (lists, options) in enumerate(self._here(work, index, batches, clip, split)):
+            here = self._here(work, index, batches, clip, split, updates)
+            for at, (lists, options) in enumerate(here):
                 given = lists, options, clip
                 if lists.params:
                     plan = self._blocks_of((index, at), work, *given)
@@ -94,11 +95,18 @@ class Paths:
         return updates
 
     def _here(
-        self, work: Work, index: int, batches: Batches, clip: Clip | None, split: SplitStep
+        self,
+        work: Work,
+        index: int,
+        batches: Batches,
+        clip: Clip | None,
+        split: SplitStep,
+        updates: list[Callable[[], None]],
     ) -> Batches:
         """The batches, with the local tensors of DTensors whose units are whole on this rank.
 
-        What is split between ranks goes to ``split``.
+        What is split between ranks goes to ``split``; autograd, which knows the DTensors, is told
+        of the writes to all of them.
         """
         group = work.groups[index]
         if clip is None or not any(map(is_sharded, group["params"])):
@@ -113,6 +121,8 @@ class Paths:
                 for kind in Kind
             }
             split.update_later(of_kind[Kind.SPLIT], options, clip)
+            written = [*of_kind[Kind.WHOLE].params, *of_kind[Kind.SPLIT].params]
+            updates.append(partial(count_writes, list(filter(is_sharded, written))))
             here += [(of_kind[Kind.WHOLE].local(), options), (of_kind[Kind.OTHER], options)]
         return here
 

@@ -20,11 +20,17 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """What of a DTensor lies on this rank; any other tensor as it is."""
-    if not is_sharded(tensor):
-        return tensor  # type: ignore[no-any-return]  # a tensor
-    with torch.no_grad():
-        found: Tensor = tensor.to_local()
-    return found
+    here: Tensor = tensor
+    if is_sharded(tensor):
+        with torch.no_grad():
+            here = tensor.to_local()
+    return here
+
+
+def placed_alike(a: Any, b: Any) -> bool:
+    """Whether two tensors are both plain, or DTensors that lie on the ranks alike."""
+    placed: bool = getattr(a, "placements", None) == getattr(b, "placements", None)
+    return placed
 
 
 def split_dims(param: Any, unit_dim: UnitDim) -> tuple[int, ...] | None:

@@ -57,7 +57,7 @@ def unit_axes(shape: torch.Size, unit_dim: UnitDim) -> tuple[tuple[int, int], ..
     if unit_dim == "tensor" or sum(size != 1 for size in shape) <= 1:
         return ()
     found: dict[int, int] = {}
-    for dim, parts in split_dims(unit_dim):
+    for dim, parts in dims_and_parts(unit_dim):
         if not -len(shape) <= dim < len(shape):
             raise ValueError(
                 f"unit_dim {unit_dim} is out of range for shape {tuple(shape)}, whose dimensions"
@@ -79,7 +79,7 @@ def unit_axes(shape: torch.Size, unit_dim: UnitDim) -> tuple[tuple[int, int], ..
     return tuple(sorted(found.items()))
 
 
-def split_dims(unit_dim: UnitDim) -> list[tuple[int, int]]:
+def dims_and_parts(unit_dim: UnitDim) -> list[tuple[int, int]]:
     """The dimensions of a ``unit_dim``, each with the parts it is cut into, or 0.
 
     Raises:
@@ -89,20 +89,13 @@ def split_dims(unit_dim: UnitDim) -> list[tuple[int, int]]:
     if isinstance(unit_dim, tuple):
         dims = unit_dim
     pairs = [dim if isinstance(dim, tuple) else (dim, 0) for dim in dims]
-    for pair in pairs:
+    for pair in pairs or [()]:
         if len(pair) != 2 or not all(type(number) is int for number in pair) or pair[1] < 0:
-            raise TypeError(dim_error(unit_dim))
-    if not pairs:
-        raise TypeError(dim_error(unit_dim))
+            raise TypeError(
+                "unit_dim must be an int, a tuple of ints or (int, parts) pairs, 'tensor' or None,"
+                f" not the {type(unit_dim).__name__} {unit_dim!r}"
+            )
     return pairs
-
-
-def dim_error(unit_dim: Any) -> str:
-    """What is wrong with a ``unit_dim`` that is none."""
-    return (
-        f"unit_dim must be an int, a tuple of ints or (int, parts) pairs, 'tensor' or None, not the"
-        f" {type(unit_dim).__name__} {unit_dim!r}"
-    )
 
 
 def has_units(shape: torch.Size, unit_dim: UnitDim) -> bool:

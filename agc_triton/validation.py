@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from agc_triton.options import AGC_OPTIONS
 from agc_triton.rule import KernelRule
-from agc_triton.sharded import is_sharded
-from agc_triton.units import UnitDim, split_dims, unit_axes
+from agc_triton.sharded import is_sharded, placed_alike
+from agc_triton.units import UnitDim, dims_and_parts, unit_axes
 
 # What norms in fp32 can be compared with.
 LARGEST = torch.finfo(torch.float32).max
@@ -47,7 +47,7 @@ def check_options(options: Mapping[str, Any], index: int | None = None) -> None:
         )
     if unit_dim is not None and unit_dim != "tensor":
         try:
-            split_dims(unit_dim)
+            dims_and_parts(unit_dim)
         except TypeError as error:
             raise TypeError(f"{error}{where}") from None
 
@@ -124,8 +124,8 @@ def check_placements(param: Any, grad: Any, group: Mapping[str, Any], index: int
     Raises:
         RuntimeError: it is a plain tensor, or placed otherwise; a sum over ranks may be missing.
     """
-    placed = getattr(grad, "placements", None)
-    if placed != param.placements:
+    if not placed_alike(grad, param):
+        placed = getattr(grad, "placements", None)
         raise RuntimeError(
             f"the gradient of {tensor_name(group, index, i)} is placed as {placed}, the parameter"
             f" as {param.placements}; redistribute it: p.grad = p.grad.redistribute(placements="

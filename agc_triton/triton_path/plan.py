@@ -80,8 +80,8 @@ class TritonPlan:
             else:
                 found[launch_key(self._rule, p, work.groups[index])].append((p, index))
         _check_members(work, chain.from_iterable(found.values()))
-        self._sharded = any(map(is_sharded, _all_params(work)))
         self._params = params = _all_params(work)
+        self._sharded = any(map(is_sharded, params))
         self._pick_idle = _picker(params, idle)
         self._lengths = [len(group["params"]) for group in work.groups]
         counts = _skip_counts(work, found.values(), skipped)

@@ -131,11 +131,14 @@ def test_a_process_forked_after_cuda_was_used_steps_on_the_cpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
     params = [p.detach().cpu() for p in parameters()]
+    before = [p.clone() for p in params]
     optimizer = PAIRS[cls](params, lr=0.1)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
+    assert not any(map(torch.equal, params, before))
     adaptive_clip_grad_(params)
+    assert all(p.grad is not None and bool((p.grad < 1).all()) for p in params)
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])

@@ -76,12 +76,14 @@ def sharded(rank: int) -> dict[str, Any]:
                     p.grad = None if step == 1 and i == 5 else g
                 optimizer.step()
             calls = collective.call_count
+            waiting = [not call.kwargs["async_op"] for call in collective.call_args_list]
         plan = optimizer._paths.triton.plan  # type: ignore[attr-defined]  # ours
         launched = sum(len(part.entries) for part in plan.parts) if plan else 0
         states = [
             [x.full_tensor() for k, x in optimizer.state[p].items() if k != "step"] for p in params
         ]
         results[str(case)] = {"values": [p.full_tensor() for p in params], "states": states}
+        results[str(case)] |= {"waiting": any(waiting), "versions": [p._version for p in params]}
         results[str(case)] |= {"calls": calls, "launched": launched}
     return results
 
@@ -108,6 +110,8 @@ def test_equal_to_one_process(ranks: list[Any], name: str, mode: int, backend: s
         torch.testing.assert_close(found["states"], states, rtol=1e-9, atol=1e-9)
         # One collective a step for all split units; none where nothing is clipped.
         assert found["calls"] == (STEPS if MODES[mode].get("clipping", 1) else 0)
+        assert not found["waiting"]
+        assert all(version >= STEPS - 1 for version in found["versions"])  # autograd is told
         assert bool(found["launched"]) == (backend == "triton")
 
 
@@ -152,23 +156,31 @@ def test_fully_shard_in_one_and_two_dimensions(tmp_path: Path) -> None:
 
 
 def test_a_partial_gradient_is_refused_by_name(tmp_path: Path) -> None:
-    for error in on_ranks(partial_gradient, tmp_path):
-        assert "parameter 0 of group 0" in error
-        assert "Partial" in error
-        assert "redistribute" in error
+    for errors in on_ranks(partial_gradient, tmp_path):
+        assert len(errors) == 4
+        for error in errors:
+            assert "parameter 0 of group 0" in error
+            assert "Partial" in error
+            assert "redistribute" in error
 
 
-def partial_gradient(_rank: int) -> str:
+def partial_gradient(_rank: int) -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     from agc_triton import SGD_AGC
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    param: Any = DTensor.from_local(torch.ones(2, 3), mesh, [Replicate()])
-    param.grad = DTensor.from_local(torch.ones(2, 3), mesh, [Partial()])
-    try:
-        SGD_AGC([param], lr=0.1).step()
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    errors = []
+    for backend, steps_before in itertools.product(("torch", "triton"), (0, 1)):
+        param: Any = DTensor.from_local(torch.ones(2, 3), mesh, [Replicate()])
+        optimizer = SGD_AGC([param], lr=0.1, backend=backend)
+        for _ in range(steps_before):  # a plan is there
+            param.grad = DTensor.from_local(torch.ones(2, 3), mesh, [Replicate()])
+            optimizer.step()
+        param.grad = DTensor.from_local(torch.ones(2, 3), mesh, [Partial()])
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            errors.append(str(error))
+    return errors
