@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from agc_triton.options import AGC_OPTIONS
-from agc_triton.rule import KernelRule
-from agc_triton.sharded import is_sharded, placed_alike
+from agc_triton.rule import KernelRule, Work
+from agc_triton.sharded import placed_alike
 from agc_triton.units import UnitDim, dims_and_parts, unit_axes
 
 # What norms in fp32 can be compared with.
@@ -105,8 +105,6 @@ def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfin
                 f"{' without skip_unit' if nonfinite == 'skip_unit' else ''}"
             )
         check_grad(param, grad, group, index, i)
-        if is_sharded(param):
-            check_placements(param, grad, group, index, i)
 
 
 def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -118,19 +116,22 @@ def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int
     _check_alike(param, grad, "the gradient's", "make them equal before step()", group, index, i)
 
 
-def check_placements(param: Any, grad: Any, group: Mapping[str, Any], index: int, i: int) -> None:
-    """Check that a DTensor's gradient is placed as it is.
+def check_placements(group: Mapping[str, Any], index: int) -> None:
+    """Check that the gradients of DTensors are placed as these are.
 
     Raises:
-        RuntimeError: it is a plain tensor, or placed otherwise; a sum over ranks may be missing.
+        RuntimeError: one is a plain tensor, or placed otherwise; a sum over ranks may be missing.
     """
-    if not placed_alike(grad, param):
-        placed = getattr(grad, "placements", None)
-        raise RuntimeError(
-            f"the gradient of {tensor_name(group, index, i)} is placed as {placed}, the parameter"
-            f" as {param.placements}; redistribute it: p.grad = p.grad.redistribute(placements="
-            "p.placements)"
-        )
+    for i, param in enumerate(group["params"]):
+        grad = param.grad
+        if grad is not None and not placed_alike(grad, param):
+            placed = getattr(grad, "placements", None)
+            as_it_is = getattr(param, "placements", None)
+            raise RuntimeError(
+                f"the gradient of {tensor_name(group, index, i)} is placed as {placed}, the"
+                f" parameter as {as_it_is}; redistribute it: p.grad ="
+                " p.grad.redistribute(placements=p.placements)"
+            )
 
 
 def check_in_place(grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -203,6 +204,27 @@ def _check_alike(
                 f"{whose} {what} ({theirs}) differs from the parameter's ({ours}) for"
                 f" {tensor_name(group, index, i)}; {remedy}"
             )
+
+
+def check_work(work: Work) -> None:
+    """Check all groups before anything is planned for them."""
+    for index in range(len(work.groups)):
+        check_planned(work, index)
+
+
+def check_planned(work: Work, index: int) -> None:
+    """Check one group.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as the checks above; nothing has been changed.
+    """
+    group = work.groups[index]
+    units = work.needs_units(group)
+    check_group(group, index, units=units)
+    if units:
+        check_gradients(group, index, work.name, work.nonfinite)
+    check_placements(group, index)
+    check_shapes(group, index, work.rule.kernel.states(group), work.state)
 
 
 def check_loaded(

@@ -161,7 +161,8 @@ class AGCOptimizer(Optimizer):
     def skipped_units(self) -> int:
         """Units left alone since this object was made; reading it waits for the device.
 
-        Always 0 but with ``nonfinite="skip_unit"``. A step that GradScaler skips counts none.
+        Always 0 but with ``nonfinite="skip_unit"``. A step that GradScaler skips counts none. Of
+        sharded parameters each rank counts the units of which it holds a part.
         """
         return self._paths.skipped.total()
 
