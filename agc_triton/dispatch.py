@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from agc_triton.exchange import CachedSharding, Exchange, Sharding
 from agc_triton.nonfinite import SkippedUnits, check_finite
 from agc_triton.routing import eligible, wants_triton
 from agc_triton.rule import KernelRule, Rule, Work
+from agc_triton.sharded import place_gradients
 from agc_triton.snapshot import Cached
 from agc_triton.torch_path.prepare import Beats, Given, TorchPath
 from agc_triton.validation import check_work
@@ -43,12 +45,14 @@ class Paths:
             RuntimeError, TypeError, ValueError: as `AGCOptimizer.step`; nothing has been changed.
         """
         capturing = is_capturing()
+        sharding = self._sharding.of(work)
+        if sharding.kinds:
+            place_gradients(chain.from_iterable(group["params"] for group in work.groups))
         if work.nonfinite == "raise":
             _check_finite(work, found_inf, capturing)
         skipped = self.skipped if work.nonfinite == "skip_unit" else None
         with _whole_states(work.state):
             check = partial(check_work, work)
-            sharding = self._sharding.of(work)
             plan = self.triton.prepare(work, check, skipped, sharding, capturing, "step()")
             rest = list(enumerate(work.groups)) if plan is None else plan.rest(work.groups)
             beats = self.torch.prepare(work, rest, Given(skipped, sharding, grad_scale, found_inf))

@@ -51,6 +51,20 @@ def placed_alike(a: Any, b: Any) -> bool:
     return placed
 
 
+def place_gradients(params: Iterable[Any]) -> None:
+    """Bring gradients to where their DTensors lie: sums over ranks that are missing are made.
+
+    So they come from SequenceParallel, a part of the sum on every rank.
+    """
+    for param in params:
+        grad = param.grad
+        if grad is None or placed_alike(grad, param):
+            continue
+        if getattr(grad, "device_mesh", 0) == getattr(param, "device_mesh", 1):
+            with torch.no_grad():
+                param.grad = grad.redistribute(placements=param.placements)
+
+
 class Kind(enum.Enum):
     """How a parameter's units lie on the ranks: whole, as a plain tensor's; split; or unknown."""
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from agc_triton.options import AGC_OPTIONS
 from agc_triton.rule import KernelRule, Work
-from agc_triton.sharded import placed_alike
+from agc_triton.sharded import is_sharded, placed_alike
 from agc_triton.units import UnitDim, dims_and_parts, unit_axes
 
 # What norms in fp32 can be compared with.
@@ -120,18 +120,22 @@ def check_placements(group: Mapping[str, Any], index: int) -> None:
     """Check that the gradients of DTensors are placed as these are.
 
     Raises:
-        RuntimeError: one is a plain tensor, or placed otherwise; a sum over ranks may be missing.
+        RuntimeError: one is a plain tensor, or on another mesh.
     """
     for i, param in enumerate(group["params"]):
         grad = param.grad
         if grad is not None and not placed_alike(grad, param):
-            placed = getattr(grad, "placements", None)
-            as_it_is = getattr(param, "placements", None)
             raise RuntimeError(
-                f"the gradient of {tensor_name(group, index, i)} is placed as {placed}, the"
-                f" parameter as {as_it_is}; redistribute it: p.grad ="
-                " p.grad.redistribute(placements=p.placements)"
+                f"the gradient of {tensor_name(group, index, i)} is {_placed(grad)}, the parameter"
+                f" is {_placed(param)}; place them alike before step(), with"
+                " torch.distributed.tensor.distribute_tensor"
             )
+
+
+def _placed(tensor: Any) -> str:
+    if not is_sharded(tensor):
+        return "a plain tensor"
+    return f"a DTensor placed as {tensor.placements} on {tensor.device_mesh}"
 
 
 def check_in_place(grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
