@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from agc_triton.exchange import CachedSharding, Exchange, Sharding
-from agc_triton.nonfinite import SkippedUnits, check_finite
+from agc_triton.nonfinite import SkippedUnits, agreed, check_finite
 from agc_triton.routing import eligible, wants_triton
 from agc_triton.rule import KernelRule, Rule, Work
-from agc_triton.sharded import place_gradients
 from agc_triton.snapshot import Cached
 from agc_triton.torch_path.prepare import Beats, Given, TorchPath
-from agc_triton.validation import check_work
+from agc_triton.validation import bring_gradients, check_work
 
 if TYPE_CHECKING:
     from agc_triton.triton_path.buckets import Bucket as Bucket
@@ -47,7 +45,8 @@ class Paths:
         capturing = is_capturing()
         sharding = self._sharding.of(work)
         if sharding.kinds:
-            place_gradients(chain.from_iterable(group["params"] for group in work.groups))
+            bring_gradients(work.groups)
+            found_inf = agreed(found_inf, work.groups)
         if work.nonfinite == "raise":
             _check_finite(work, found_inf, capturing)
         skipped = self.skipped if work.nonfinite == "skip_unit" else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, compress, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,7 @@ class Exchange:
 
     def __init__(self, members: Sequence[tuple[Tensor, UnitDim]]) -> None:
         self._places: dict[int, Place] = {}
+        self._pools: list[Pool] = []
         self.collectives: list[Collective] = []
         self._waiting: list[tuple[Collective, Any]] = []
         numbers: dict[str, int] = {}
@@ -90,10 +91,6 @@ class Exchange:
     def tensors(self) -> list[Tensor]:
         """All memory."""
         return [tensor for pool in self._pools for tensor in pool]
-
-    @property
-    def _pools(self) -> list[Pool]:
-        return list({id(place.pool.own): place.pool for place in self._places.values()}.values())
 
     def start(self) -> None:
         """Add up what this rank's are, without waiting for it."""
@@ -123,6 +120,7 @@ class Exchange:
         size = sum(member.units for member in members)
         with torch.inference_mode(False):
             pool = Pool(*(torch.zeros((size, 2), dtype=dtype, device=device) for _ in range(2)))
+        self._pools.append(pool)
         first = 0
         rows: defaultdict[int, list[int]] = defaultdict(list)
         for over, units, key in members:
@@ -153,10 +151,30 @@ def _overlap(a: Collective, b: Collective) -> bool:
 
 
 class Sharding(NamedTuple):
-    """How DTensors lie on the ranks, by their id, and where units that are split are added up."""
+    """How DTensors lie on the ranks, by their id, and where units that are split are added up.
+
+    ``split`` says it of all parameters.
+    """
 
     kinds: dict[int, Kind]
+    split: list[bool]
     exchange: Exchange | None
+
+
+NOTHING = Sharding({}, [], None)
+
+
+def sharding_of(work: Work) -> Sharding:
+    """How the DTensors of these groups lie, told without communication."""
+    kinds: dict[int, Kind] = {}
+    split: list[tuple[Tensor, UnitDim]] = []
+    for group in work.groups:
+        for param in filter(is_sharded, group["params"]):
+            kinds[id(param)] = kind = work.kind_of(param, group)
+            if kind is Kind.SPLIT:
+                split.append((param, group["unit_dim"]))
+    mask = [kinds.get(id(p)) is Kind.SPLIT for g in work.groups for p in g["params"]]
+    return Sharding(kinds, mask, Exchange(split) if split else None)
 
 
 class CachedSharding:
@@ -169,22 +187,14 @@ class CachedSharding:
         """What there is to know; nothing where there is no DTensor."""
         params = list(chain.from_iterable([group["params"] for group in work.groups]))
         if not any_sharded(params):
-            return Sharding({}, None)
-        return self._cached.get(lambda _: self._look(work, params), partial(self._make, work))
+            return NOTHING
+        return self._cached.get(partial(self._look, work, params), partial(sharding_of, work))
 
-    def _look(self, work: Work, params: list[Tensor]) -> Look:
+    def _look(self, work: Work, params: list[Tensor], sharding: Sharding) -> Look:
         options = [
             (len(g["params"]), g["unit_dim"], work.needs_units(g), bool(g.get("differentiable")))
             for g in work.groups
         ]
-        return Look((options, list(map(id, params))), [], locals_of(params), [])
-
-    def _make(self, work: Work) -> Sharding:
-        kinds: dict[int, Kind] = {}
-        split: list[tuple[Tensor, UnitDim]] = []
-        for group in work.groups:
-            for param in filter(is_sharded, group["params"]):
-                kinds[id(param)] = kind = work.kind_of(param, group)
-                if kind is Kind.SPLIT:
-                    split.append((param, group["unit_dim"]))
-        return Sharding(kinds, Exchange(split) if split else None)
+        # Their memory may move between devices.
+        devices = [here.device for here in locals_of(compress(params, sharding.split))]
+        return Look((options, devices, list(map(id, params))), [], [], [])

@@ -95,6 +95,18 @@ def update_others(update: Update, lists: TensorLists, bad: Sequence[Tensor]) -> 
             old.copy_(torch.where(skipped, old, new))
 
 
+def agreed(found_inf: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """GradScaler's verdict of all ranks that share any of these parameters, if there is one.
+
+    torch goes by the placement of the first gradient alone.
+    """
+    if found_inf is not None:
+        found_inf = found_inf.clone()
+        for ranks in mesh_groups([param for group in groups for param in group["params"]]):
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, ranks)
+    return found_inf
+
+
 def check_finite(groups: Sequence[Mapping[str, Any]]) -> None:
     """Check all elements of all gradients, with one wait per device; ranks agree about DTensors'.
 

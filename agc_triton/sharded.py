@@ -6,6 +6,7 @@ import enum
 import functools
 import math
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from agc_triton.units import (
     memory_order,
     unit_axes,
 )
+
+# to_local makes another tensor of a parameter at every call.
+_local = attrgetter("_local_tensor")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -36,33 +40,44 @@ def local(tensor: Any) -> Tensor:
     """What of a DTensor lies on this rank; any other tensor as it is."""
     here: Tensor = tensor
     if is_sharded(tensor):
-        here = tensor._local_tensor  # to_local makes another tensor of a parameter at every call
+        here = _local(tensor)
     return here
 
 
 def locals_of(tensors: Iterable[Any]) -> list[Any]:
     """What of each lies on this rank; None stays."""
-    return [t if t is None or type(t) in PLAIN else local(t) for t in tensors]
+    tensors = list(tensors)
+    try:
+        return list(map(_local, tensors))
+    except AttributeError:  # not all are DTensors
+        return [t if t is None or type(t) in PLAIN else local(t) for t in tensors]
 
 
 def placed_alike(a: Any, b: Any) -> bool:
     """Whether two tensors are both plain, or DTensors that lie on the ranks alike."""
-    placed: bool = getattr(a, "placements", None) == getattr(b, "placements", None)
-    return placed
+    return all(
+        getattr(a, key, None) == getattr(b, key, None) for key in ("placements", "device_mesh")
+    )
 
 
-def place_gradients(params: Iterable[Any]) -> None:
-    """Bring gradients to where their DTensors lie: sums over ranks that are missing are made.
+def place_gradients(params: Iterable[Any]) -> bool:
+    """Bring gradients to where their DTensors lie; whether they lie there now.
 
-    So they come from SequenceParallel, a part of the sum on every rank.
+    Sums over ranks that are missing are made: gradients come so from SequenceParallel.
     """
-    for param in params:
-        grad = param.grad
-        if grad is None or placed_alike(grad, param):
+    there = [p for p in params if p.grad is not None]
+    grads = [p.grad for p in there]
+    # Mostly the very same objects.
+    if [getattr(g, "_spec", None) for g in grads] == [getattr(p, "_spec", None) for p in there]:
+        return True
+    for param, grad in zip(there, grads, strict=True):
+        if placed_alike(grad, param):
             continue
-        if getattr(grad, "device_mesh", 0) == getattr(param, "device_mesh", 1):
-            with torch.no_grad():
-                param.grad = grad.redistribute(placements=param.placements)
+        if getattr(grad, "device_mesh", 0) != getattr(param, "device_mesh", 1):
+            return False
+        with torch.no_grad():
+            param.grad = grad.redistribute(placements=param.placements)
+    return True
 
 
 class Kind(enum.Enum):

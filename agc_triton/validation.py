@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from agc_triton.options import AGC_OPTIONS
 from agc_triton.rule import KernelRule, Work
-from agc_triton.sharded import is_sharded, placed_alike
+from agc_triton.sharded import is_sharded, place_gradients, placed_alike
 from agc_triton.units import UnitDim, dims_and_parts, unit_axes
 
 # What norms in fp32 can be compared with.
@@ -116,20 +117,22 @@ def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int
     _check_alike(param, grad, "the gradient's", "make them equal before step()", group, index, i)
 
 
-def check_placements(group: Mapping[str, Any], index: int) -> None:
-    """Check that the gradients of DTensors are placed as these are.
+def bring_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Bring the gradients of DTensors to where these lie.
 
     Raises:
         RuntimeError: one is a plain tensor, or on another mesh.
     """
-    for i, param in enumerate(group["params"]):
-        grad = param.grad
-        if grad is not None and not placed_alike(grad, param):
-            raise RuntimeError(
-                f"the gradient of {tensor_name(group, index, i)} is {_placed(grad)}, the parameter"
-                f" is {_placed(param)}; place them alike before step(), with"
-                " torch.distributed.tensor.distribute_tensor"
-            )
+    if place_gradients(chain.from_iterable([group["params"] for group in groups])):
+        return
+    for index, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            if param.grad is not None and not placed_alike(param.grad, param):
+                raise RuntimeError(
+                    f"the gradient of {tensor_name(group, index, i)} is {_placed(param.grad)}, the"
+                    f" parameter is {_placed(param)}; place them alike before step(), with"
+                    " torch.distributed.tensor.distribute_tensor"
+                )
 
 
 def _placed(tensor: Any) -> str:
@@ -227,7 +230,6 @@ def check_planned(work: Work, index: int) -> None:
     check_group(group, index, units=units)
     if units:
         check_gradients(group, index, work.name, work.nonfinite)
-    check_placements(group, index)
     check_shapes(group, index, work.rule.kernel.states(group), work.state)
 
 

@@ -14,15 +14,17 @@ from agc_triton.exchange import Sharding
 from agc_triton.nonfinite import SkippedUnits
 from agc_triton.norms import Clip
 from agc_triton.rule import Batches, TensorLists, Work
-from agc_triton.sharded import Kind, is_sharded, local
+from agc_triton.sharded import Kind, local
 from agc_triton.snapshot import Cached
 from agc_triton.torch_path.plan import BlockPlan
 from agc_triton.torch_path.split import SplitPlan, prepare_split
 from agc_triton.torch_path.step import clip_grads_, prepare_group
-from agc_triton.validation import check_options, check_placements, check_planned, check_work
+from agc_triton.validation import check_options, check_planned, check_work
 from agc_triton.versions import count_writes
 
 Call = Callable[[], Any]
+# Parameters as the optimizer knows them, what of them is updated together here, and its options.
+Parts = list[tuple[TensorLists, TensorLists, Mapping[str, Any]]]
 
 
 class Beats:
@@ -82,14 +84,14 @@ class TorchPath:
         for (index, group), batches in zip(groups, collected, strict=True):
             check_options(group, index)
             clip = Clip.of(group, given.skipped) if work.needs_units(group) else None
+            parts = [(lists, lists, options) for lists, options in batches]
             if given.sharding.kinds:
-                check_placements(group, index)
                 factors = self._factors(work, index, group, given, beats)
-                batches = _parts(work, batches, clip, given.sharding, factors, beats)
-            for at, (lists, options) in enumerate(batches):
+                parts = _parts(work, batches, clip, given.sharding, factors, beats)
+            for at, (owners, lists, options) in enumerate(parts):
                 these = lists, options, clip
                 if lists.params:
-                    plan = self._blocks_of((index, at), work, *these)
+                    plan = self._blocks_of((index, at), work, owners, *these)
                     beats.meanwhile.append(prepare_group(work.rule, plan, *these, *scaler))
                 else:
                     self.blocks.pop((index, at), None)
@@ -132,10 +134,12 @@ class TorchPath:
         beats.first.append(partial(plan.begin, split, given.grad_scale))
         return functools.cache(partial(plan.factors, split, clip, given.grad_scale))
 
-    def _blocks_of(self, at: tuple[int, int], work: Work, *given: Any) -> BlockPlan:
+    def _blocks_of(
+        self, at: tuple[int, int], work: Work, owners: TensorLists, *given: Any
+    ) -> BlockPlan:
         def make() -> BlockPlan:
             check_planned(work, at[0])
-            _bring_counts(work, *given[:2])
+            _bring_counts(work, owners, given[1])
             return BlockPlan(*given)
 
         if at not in self.blocks:
@@ -155,25 +159,24 @@ def _parts(
     sharding: Sharding,
     factors: Callable[[], Mapping[int, Tensor]],
     beats: Beats,
-) -> Batches:
-    """The batches, with the local tensors of DTensors whose units are whole on this rank.
+) -> Parts:
+    """The batches, and what of them lies here, without what is split between ranks.
 
-    What is split between ranks has its own beat; autograd, which knows the DTensors, is told of
-    the writes to all of them.
+    That has its own beat. Autograd knows DTensors, not what lies here, and is told of the writes.
     """
-    here: Batches = []
+    here: Parts = []
     for lists, options in batches:
-        _bring_counts(work, lists, options)
-        of_kind: dict[Kind, list[int]] = {kind: [] for kind in Kind}
-        for i, param in enumerate(lists.params):
-            of_kind[sharding.kinds.get(id(param), Kind.WHOLE)].append(i)
-        whole, split, other = (lists.select(of_kind[kind]) for kind in Kind)
+        kinds = [sharding.kinds.get(key, Kind.WHOLE) for key in map(id, lists.params)]
+        whole, split, other = (
+            lists.select([i for i, own in enumerate(kinds) if own is kind]) for kind in Kind
+        )
         if split.params:
             assert clip is not None
+            _bring_counts(work, split, options)
             beats.last.append(prepare_split(work.rule, split, options, clip, factors))
-        written = list(filter(is_sharded, [*whole.params, *split.params]))
+        written = [p for p in (*whole.params, *split.params) if id(p) in sharding.kinds]
         beats.meanwhile.append(partial(count_writes, written))
-        here += [(whole.local(), options), (other, options)]
+        here += [(whole, whole.local(), options), (other, other, options)]
     return here
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -162,8 +163,8 @@ def _update_of(rule: Rule, group: Mapping[str, Any], lists: TensorLists) -> Upda
     """Torch's fused kernels where they can walk all of it, else what torch.optim would call."""
     if lists.params[0].device.type != "cpu":
         return lambda clipped: rule.update(clipped, group)
-    roles = (lists.params, lists.grads, *lists.states)
-    if not all(tensor.is_contiguous() for role in roles for tensor in role):
+    tensors = chain(lists.params, lists.grads, *lists.states)
+    if not all(map(Tensor.is_contiguous, tensors)):
         options = {**group, "fused": False}
         return lambda clipped: rule.update(clipped, options)
     counted = counted_update(rule, group, lists.params[0].dtype)
@@ -185,7 +186,10 @@ def _clip_and_update(
         # Without NaN there is none in what torch makes of the update either.
         grads = [g.masked_fill(skip, 0.0) for g, skip in zip(grads, bad, strict=True)]
         factors = [factor.nan_to_num(1.0) for factor in factors]
-    grads = [(g * f).to(g.dtype) for g, f in zip(grads, factors, strict=True)]
+    if factors[0].dtype == grads[0].dtype:
+        grads = list(torch._foreach_mul(grads, list(factors)))
+    else:
+        grads = [(g * f).to(g.dtype) for g, f in zip(grads, factors, strict=True)]
     lists = lists._replace(grads=grads)
     if clip.skipped is None:
         update(lists)

@@ -173,6 +173,7 @@ class Preview(NamedTuple):
     dtype: torch.dtype
     states: int
     buckets: tuple[Bucket, ...]
+    folds: int
 
 
 def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
@@ -188,8 +189,8 @@ def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
             found[launch_key(rule, p, group)].append(units)
     previews = []
     for (device, dtype, _, states), tensors in found.items():
-        buckets = plan_buckets(tensors, dtype.to_real().itemsize, states).buckets
-        previews.append(Preview(device, dtype, states, buckets))
+        planned = plan_buckets(tensors, dtype.to_real().itemsize, states)
+        previews.append(Preview(device, dtype, states, planned.buckets, len(planned.folds)))
     return previews
 
 
