@@ -52,13 +52,12 @@ def explain(work: Work, bandwidth: float) -> pd.DataFrame:
             rows.append(_row("triton", "", *kind, **described))
     exchange = sharding_of(work).exchange
     for pool, group, start, stop in exchange.collectives if exchange else ():
-        of_units: dict[str, Any] = {
-            "units": stop - start,
-            "bytes": (stop - start) * pool.own[0].nbytes,
-        }
+        moved = pool.own[start:stop].nbytes
         over = f"adds up over {torch.distributed.get_world_size(group)} ranks"
         kind = _kind(pool.own.device, pool.own.dtype)
-        rows.append(_row("torch.distributed", over, *kind, "all-reduce", **of_units))
+        rows.append(
+            _row("torch.distributed", over, *kind, "all-reduce", units=stop - start, bytes=moved)
+        )
     for (device, dtype, reason), members in others.items():
         moved = sum(p.numel() * p.element_size() * (3 + 2 * states) for p, states, _ in members)
         sizes = {

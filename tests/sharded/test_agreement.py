@@ -1,4 +1,4 @@
-"""What ranks have to agree about: overflows, missing gradients, where gradients lie; and explain()."""
+"""What ranks have to agree about: overflows, missing and misplaced gradients; explain()."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def misplaced(mesh: Any) -> list[str]:
         AGC(torch.optim.SGD([param], lr=0.1)).step,
         lambda: adaptive_clip_grad_([param]),
     ):
-        torch.Tensor.grad.__set__(param, torch.ones(2, 3))  # type: ignore[attr-defined]
+        param.grad = torch.ones(2, 3)
         try:
             step()
         except RuntimeError as error:

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from tests.support.interpreter import interpret_without_gpu
 
 RANKS = 2
-TIMEOUT = timedelta(minutes=3)  # where one rank fails and the others wait for it
+TIMEOUT = timedelta(minutes=2)  # where one rank fails and the others wait for it
 
 # Imported once, by the process that all ranks are forked from.
 PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "tests.support.ranks"]
