@@ -31,7 +31,6 @@ VARIANTS: list[dict[str, bool]] = [
     {"keep_submodule_prefixes": False},
     {"strict": False},
     {"flatten_optimizer_state_dict": True},
-    {"full_state_dict": True, "flatten_optimizer_state_dict": True},
 ]
 
 
