@@ -59,7 +59,7 @@ def _replace_once() -> None:
 
 
 def _remember_types() -> None:
-    """Of blocks and in numpy: the interpreter makes them for every operation, always the same."""
+    """Of blocks and in numpy, and shapes: made for every operation, they are always the same."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -79,5 +79,14 @@ def _remember_types() -> None:
             made[key] = self.__dict__
         self.__dict__ = made[key]
 
+    make_tensor, shapes = tl.tensor.__init__, dict[str, Any]()
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in shapes:
+            make_tensor(self, handle, type)
+            shapes[type.name] = {"shape": self.shape, "numel": self.numel}
+        self.__dict__ = {"handle": handle, "type": type, "dtype": type.scalar, **shapes[type.name]}
+
     interpreter._get_np_dtype = remembered
     tl.block_type.__init__ = init
+    tl.tensor.__init__ = init_tensor

@@ -12,7 +12,7 @@ import torch
 import agc_triton.triton_path.launches
 from tests.support.checks import nothing_changes
 from tests.support.disk import on_disk
-from tests.support.optimizers import NAMES, STATEFUL, STATEFUL_CASES, build
+from tests.support.optimizers import EACH_RULE, NAMES, STATEFUL, STATEFUL_CASES, build
 from tests.support.places import DEVICE
 from tests.support.tensors import parameters, same, set_grads, weight
 from tests.support.training import on_backend, train, with_states
@@ -128,7 +128,7 @@ def interrupt(patch: pytest.MonkeyPatch, backend: str, call: int) -> None:
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 @every_backend
-@every_name
+@pytest.mark.parametrize("name", EACH_RULE)
 def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
     name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
