@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +149,20 @@ def test_kernels_are_not_reported_where_they_are_interpreted(
     assert "unset it" in capsys.readouterr().err
 
 
-# Units whose kernels spilled once: 16 warps of three chunks beside three states, 16-bit tiles.
+# Compiled in one other process, where kernels are not interpreted; a line per result, by subject.
 COMPILE = """
-import sys, torch
-from agc_triton.triton_path.buckets import TensorUnits, ideal_shape
+import inspect, re, torch, triton
+from triton.runtime import jit
+from agc_triton.triton_path.buckets import TensorUnits, TileShape, ideal_shape
+from agc_triton.triton_path.launches import step_constexprs
 from agc_triton.units import UnitLayout
-from benchmarks.lib.compiled import resident_warps, step_code
 from benchmarks.kernel_report import kernel_of
+from benchmarks.lib.compiled import compile_step, resident_warps, step_code, target_of
+
+def shape_of(length, itemsize, states):
+    return ideal_shape(TensorUnits(UnitLayout(1, 1, 2, length), True, 0), itemsize, states)
+
+# Units whose kernels spilled once: 16 warps of three chunks beside three states, 16-bit tiles.
 for optimizer, length, dtype, arch in (
     ("AdamW-amsgrad", 6144, torch.float32, "90"),
     ("RMSprop-centered-momentum", 6144, torch.float32, "90"),
@@ -163,105 +170,85 @@ for optimizer, length, dtype, arch in (
     ("AdamW", 1 << 20, torch.bfloat16, "80"),
 ):
     kernel = kernel_of(optimizer, dtype)
-    units = TensorUnits(UnitLayout(1, 1, 2, length), True, 0)
-    shape = ideal_shape(units, dtype.itemsize, kernel.states)
+    shape = shape_of(length, dtype.itemsize, kernel.states)
     code = step_code(shape, kernel, arch)
     assert code.evict_first == code.loads[128] + code.stores[128]
     assert code.waits == (arch == "90") and not code.triggers
     warps = resident_warps(code.registers, shape.num_warps)
-    print(optimizer, code.spill_bytes, warps, code.loads[128], code.stores[128])
+    print("spills", code.spill_bytes, warps, code.loads[128], code.stores[128])
+
+shape = shape_of(14_336, 4, 2)
+code = compile_step(shape, kernel_of("AdamW", torch.float32), "gfx942").asm["amdgcn"]
+print("amd", shape.num_warps, *re.findall(r"max_flat_workgroup_size: *(\\d+)", code))
+
+kernel, shape = kernel_of("SGD", torch.float32), TileShape(1, 128, 2, 1, 4, False, False)
+for arch, first, last in (
+    ("80", False, False),
+    ("90", True, False),
+    ("90", False, False),
+    ("90", False, True),
+    ("90", True, True),
+):
+    code = step_code(shape, kernel, arch, first, last)
+    print("order", arch, code.waits, code.triggers)
+
+# What Triton calls for jit_post_compile_hook and jit_cache_hook; it knows functions from 3.7 on.
+class Anything: pass
+for values in (
+    [triton.language.standard.softmax],
+    step_constexprs(shape, kernel, target_of("90")).values(),
+):
+    given = {"constants": {(i,): v for i, v in enumerate(values)}, "attrs": {}}
+    for name in inspect.signature(jit.serialize_specialization_data).parameters:
+        given.setdefault(name, Anything() if name in ("options", "target") else "")
+    try:
+        print("described", bool(jit.serialize_specialization_data(**given)))
+    except TypeError:
+        print("described", False)
 """
 
 
-COMPILE_AMD = """
-import re, torch
-from agc_triton.triton_path.buckets import TensorUnits, ideal_shape
-from agc_triton.units import UnitLayout
-from benchmarks.kernel_report import kernel_of
-from benchmarks.lib.compiled import compile_step
-for length in (5_000, 14_336, 300_000):
-    shape = ideal_shape(TensorUnits(UnitLayout(1, 1, 2, length), True, 0), 4, 2)
-    code = compile_step(shape, kernel_of("AdamW", torch.float32), "gfx942").asm["amdgcn"]
-    print(shape.num_warps, *re.findall(r"max_flat_workgroup_size: *(\\d+)", code))
-"""
-
-
-def run_compiler(script: str) -> list[list[str]]:
-    """The words of each line that a script prints where kernels are not interpreted."""
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[list[str]]]:
+    """The words of each line that ``COMPILE`` prints, by the first of them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", COMPILE],
         cwd=ROOT,
         env=environment,
-        check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
     )
-    return [line.split() for line in done.stdout.splitlines()]
+    assert done.returncode == 0  # what it wrote on stderr is shown
+    lines = defaultdict[str, list[list[str]]](list)
+    for subject, *words in map(str.split, done.stdout.splitlines()):
+        lines[subject].append(words)
+    return lines
 
 
-def test_what_spilled_does_not_any_more() -> None:
-    lines = run_compiler(COMPILE)
-    assert len(lines) == 4
-    for _, spill_bytes, warps, loads, stores in lines:
+def test_what_spilled_does_not_any_more(compiled: dict[str, list[list[str]]]) -> None:
+    assert len(compiled["spills"]) == 4
+    for spill_bytes, warps, loads, stores in compiled["spills"]:
         assert int(spill_bytes) <= 8
         assert int(warps) >= 32
         assert int(loads) > int(stores) > 0
 
 
-def test_programs_on_amd_gpus_have_as_many_threads() -> None:
-    lines = run_compiler(COMPILE_AMD)
-    assert len(lines) == 3
-    for warps, threads in lines:
-        assert int(threads) == 32 * int(warps) <= 1024
+def test_programs_on_amd_gpus_have_as_many_threads(compiled: dict[str, list[list[str]]]) -> None:
+    ((warps, threads),) = compiled["amd"]
+    assert int(threads) == 32 * int(warps) <= 1024
 
 
-COMPILE_IN_ORDER = """
-import torch
-import triton
-from agc_triton.triton_path.buckets import TileShape
-from benchmarks.lib.compiled import step_code
-from benchmarks.kernel_report import kernel_of
-kernel, shape = kernel_of("SGD", torch.float32), TileShape(1, 128, 2, 1, 4, False, False)
-for arch in ("80", "90"):
-    for first, last in ((True, False), (False, False), (False, True), (True, True)):
-        code = step_code(shape, kernel, arch, first, last)
-        print(arch, code.waits, code.triggers)
-"""
-
-
-def test_launches_overlap_where_they_can() -> None:
+def test_launches_overlap_where_they_can(compiled: dict[str, list[list[str]]]) -> None:
     # The first waits at its beginning, the others at both of their ends; the last starts nobody.
-    waits_and_triggers = [("1", "1"), ("2", "1"), ("2", "0"), ("1", "0")]
-    assert run_compiler(COMPILE_IN_ORDER) == [
-        *(["80", "0", "0"] for _ in waits_and_triggers),
-        *(["90", *pair] for pair in waits_and_triggers),
+    assert compiled["order"] == [
+        ["80", "0", "0"],
+        *(["90", *pair] for pair in (("1", "1"), ("2", "1"), ("2", "0"), ("1", "0"))),
     ]
 
 
-# What Triton calls for jit_post_compile_hook and jit_cache_hook; it knows functions from 3.7 on.
-DESCRIBE = """
-import inspect, torch, triton
-from triton.runtime import jit
-from agc_triton.triton_path.buckets import TileShape
-from agc_triton.triton_path.launches import step_constexprs
-from benchmarks.kernel_report import kernel_of
-from benchmarks.lib.compiled import target_of
-class Anything: pass
-theirs = triton.language.standard.softmax
-shape = TileShape(1, 128, 2, 1, 4, False, False)
-ours = step_constexprs(shape, kernel_of("SGD", torch.float32), target_of("90"))
-for values in ([theirs], ours.values()):
-    given = {"constants": {(i,): v for i, v in enumerate(values)}, "attrs": {}}
-    for name in inspect.signature(jit.serialize_specialization_data).parameters:
-        given.setdefault(name, Anything() if name in ("options", "target") else "")
-    try:
-        print(bool(jit.serialize_specialization_data(**given)))
-    except TypeError:
-        print(False)
-"""
-
-
-def test_hooks_can_describe_our_kernels_where_they_can_any_that_take_a_function() -> None:
-    (theirs,), (ours,) = run_compiler(DESCRIBE)
+def test_hooks_can_describe_our_kernels_where_they_can_any_that_take_a_function(
+    compiled: dict[str, list[list[str]]],
+) -> None:
+    (theirs,), (ours,) = compiled["described"]
     assert ours == theirs == str(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))

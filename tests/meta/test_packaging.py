@@ -75,45 +75,63 @@ def pip(cwd: Path, *arguments: str | Path) -> None:
     call(cwd, sys.executable, "-m", "pip", *arguments, *offline)
 
 
-def wheel(source: Path, out: Path) -> Path:
-    pip(out.parent, "wheel", source, "--no-build-isolation", "--wheel-dir", out)
-    (built,) = out.glob("*.whl")
+def build(tree: Path, hook: str, out: Path) -> Path:
+    """What setuptools makes of a tree, alone in a folder."""
+    out.mkdir()
+    call(tree, sys.executable, "-c", HOOK, hook, out)
+    (built,) = out.iterdir()
     return built
+
+
+@pytest.fixture(scope="module")
+def unlinked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clone(tmp_path_factory.mktemp("clone"), False)
+
+
+@pytest.fixture(scope="module")
+def wheel(unlinked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a checkout without symlinks."""
+    return build(unlinked, "build_wheel", tmp_path_factory.mktemp("built") / "wheel")
 
 
 def modules(names: list[str]) -> list[str]:
     return sorted(name for name in names if name.startswith(("agc_triton/", "kernels/")))
 
 
-def test_every_build_holds_each_module_once(tmp_path: Path) -> None:
-    linked, unlinked = clone(tmp_path, True), clone(tmp_path, False)
+def test_every_build_holds_each_module_once(tmp_path: Path, unlinked: Path, wheel: Path) -> None:
+    linked = clone(tmp_path, True)
     files = [*(unlinked / "agc_triton").rglob("*.py"), unlinked / "agc_triton" / "py.typed"]
     expected = [file.relative_to(unlinked).as_posix() for file in files]
     expected += [f"agc_triton/kernels/{file.name}" for file in (unlinked / "kernels").glob("*.py")]
     assert "agc_triton/kernels/step.py" in expected
 
-    call(linked, sys.executable, "-c", HOOK, "build_sdist", tmp_path)
-    (sdist,) = tmp_path.glob("*.tar.gz")
+    sdist = build(linked, "build_sdist", tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
         names = [m.name.partition("/")[2] for m in archive if m.isfile()]
     assert modules(names) == sorted(expected)
 
-    built = [wheel(tree, tmp_path / f"from-{tree.name}") for tree in (linked, unlinked, sdist)]
-    first, *others = [sorted(zipfile.ZipFile(file).namelist()) for file in built]
+    pip(tmp_path, "wheel", sdist, "--no-build-isolation", "--wheel-dir", tmp_path / "again")
+    (from_sdist,) = (tmp_path / "again").iterdir()
+    wheels = [build(linked, "build_wheel", tmp_path / "wheel"), wheel, from_sdist]
+    first, *others = [sorted(zipfile.ZipFile(file).namelist()) for file in wheels]
     assert modules(first) == sorted(expected)
     assert others == [first, first]
 
 
-@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
-def test_steps_where_the_checkout_had_no_symlinks(tmp_path: Path, editable: bool) -> None:
-    tree, target = clone(tmp_path, False), tmp_path / "installed"
-    if editable:  # installed, it is one path for sys.path
-        call(tree, sys.executable, "-c", HOOK, "build_editable", tmp_path)
-        (built,) = tmp_path.glob("*.whl")
-        with zipfile.ZipFile(built) as archive:
-            (pth,) = [name for name in archive.namelist() if name.endswith(".pth")]
-            target = Path(archive.read(pth).decode().strip())
-    else:
-        pip(tmp_path, "install", "--target", target, wheel(tree, tmp_path / "wheels"))
-    environment = {"PYTHONPATH": str(target), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    call(tmp_path, sys.executable, "-c", STEP, target, **environment)
+def steps(cwd: Path, installed: Path) -> None:
+    """Both paths step, with what is installed there."""
+    environment = {"PYTHONPATH": str(installed), "TRITON_INTERPRET": "1"}
+    call(cwd, sys.executable, "-c", STEP, installed, **environment, CUDA_VISIBLE_DEVICES="")
+
+
+def test_a_wheel_steps_where_the_checkout_had_no_symlinks(tmp_path: Path, wheel: Path) -> None:
+    pip(tmp_path, "install", "--target", tmp_path / "installed", wheel)
+    steps(tmp_path, tmp_path / "installed")
+
+
+def test_an_editable_install_steps_where_the_checkout_had_no_symlinks(tmp_path: Path) -> None:
+    built = build(clone(tmp_path, False), "build_editable", tmp_path / "built")
+    with zipfile.ZipFile(built) as archive:
+        # Installed, it is one path for sys.path.
+        (pth,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        steps(tmp_path, Path(archive.read(pth).decode().strip()))

@@ -16,6 +16,8 @@ Kwargs = Mapping[str, Any]
 PAIRS: dict[Any, Any] = {SGD: SGD_AGC, Adam: Adam_AGC, AdamW: AdamW_AGC, RMSprop: RMSprop_AGC}
 OURS = tuple(PAIRS.values())
 NAMES = ("SGD", "Adam", "AdamW", "RMSprop")
+# One for each of the kernels' rules: Adam's is AdamW's, with one flag.
+EACH_RULE = ("SGD", "AdamW", "RMSprop")
 CLIPPING = 0.05  # about half of the units that tests have are over it
 TRITON: Kwargs = {"clipping": CLIPPING, "backend": "triton"}
 

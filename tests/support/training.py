@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tests.support.checks import oracle_for, states_of
-from tests.support.optimizers import TRITON, build
+from tests.support.optimizers import STATEFUL, TRITON, build
 from tests.support.oracle import AGC, RULES, Oracle
-from tests.support.places import Place
-from tests.support.tensors import grads_like, set_grads
+from tests.support.places import DEVICE, Place
+from tests.support.tensors import grads_like, parameters, set_grads
 
 
 def train(optimizer: Optimizer, params: Sequence[Tensor], steps: range) -> None:
@@ -21,6 +21,17 @@ def train(optimizer: Optimizer, params: Sequence[Tensor], steps: range) -> None:
     for seed in steps:
         set_grads(params, seed)
         optimizer.step()
+
+
+def on_backend(backend: str, seed: int = 0) -> list[Any]:
+    """Weights to be stepped on the path of this name; on the torch path they require gradients."""
+    params = parameters(seed=seed)
+    return [p.data.to(DEVICE) for p in params] if backend == "triton" else list(params)
+
+
+def with_states(name: str, params: Any, backend: str = "torch", **options: Any) -> Any:
+    """An optimizer with every state that it can have."""
+    return build(name, params, {**STATEFUL[name], "backend": backend, **options})
 
 
 def options_of(name: str, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,29 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import Parameter
 
 import agc_triton.triton_path.launches
-from agc_triton import SGD_AGC
 from tests.support.checks import nothing_changes
 from tests.support.disk import on_disk
-from tests.support.optimizers import NAMES, OURS, STATEFUL, STATEFUL_CASES, build
+from tests.support.optimizers import EACH_RULE, NAMES, STATEFUL, STATEFUL_CASES, build
 from tests.support.places import DEVICE
 from tests.support.tensors import parameters, same, set_grads, weight
-from tests.support.training import train
+from tests.support.training import on_backend, train, with_states
 
 BACKENDS = ("torch", "triton")
 every_name = pytest.mark.parametrize("name", NAMES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def on_backend(backend: str, seed: int = 0) -> list[Any]:
-    params = parameters(seed=seed)
-    return [p.data.to(DEVICE) for p in params] if backend == "triton" else list(params)
-
-
-def stateful(name: str, params: Any, backend: str = "torch", **options: Any) -> Any:
-    return build(name, params, {**STATEFUL[name], "backend": backend, **options})
 
 
 class Failing:
@@ -51,7 +40,7 @@ def test_a_kernel_that_does_not_compile_is_named(
     kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = on_backend("triton")
-    optimizer = stateful("AdamW", params, "triton")
+    optimizer = with_states("AdamW", params, "triton")
     set_grads(params, 0)
 
     class Broken:
@@ -80,7 +69,7 @@ def test_out_of_memory_while_states_are_created(
     params, others = on_backend(backend), on_backend(backend)
     # One to three states per parameter: each group's creation fails in some case, halfway or not.
     optimizer, expected = (
-        stateful(name, [{"params": p[:1], "clipping": 0.2}, {"params": p[1:]}], backend)
+        with_states(name, [{"params": p[:1], "clipping": 0.2}, {"params": p[1:]}], backend)
         for p in (params, others)
     )
     set_grads(params, 0)
@@ -100,7 +89,7 @@ def test_out_of_memory_on_the_torch_path_beside_the_kernels(
 ) -> None:
     # The kernels take no empty parameters.
     params = [weight((3, 4), torch.float64, DEVICE), torch.zeros(0, 3, device=DEVICE)]
-    optimizer = stateful("SGD", params, "triton")
+    optimizer = with_states("SGD", params, "triton")
     set_grads(params, 0)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros_like", Failing(torch.zeros_like, 2, MemoryError()))
@@ -116,7 +105,7 @@ def test_a_failure_at_a_later_first_gradient_keeps_the_states_there_are(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = on_backend(backend)
-    optimizer = stateful(name, params, backend)
+    optimizer = with_states(name, params, backend)
     train(optimizer, params[:3], range(2))
     set_grads(params, 2)
     with monkeypatch.context() as patch:
@@ -139,7 +128,7 @@ def interrupt(patch: pytest.MonkeyPatch, backend: str, call: int) -> None:
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 @every_backend
-@every_name
+@pytest.mark.parametrize("name", EACH_RULE)
 def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
     name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +136,7 @@ def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
     monkeypatch.setattr(agc_triton.triton_path.buckets, "LAUNCH_ELEMENTS", -float("inf"))
     shapes = ((2, 20), (3, 300))
     params, others = ([weight(s, device=DEVICE) for s in shapes] for _ in range(2))
-    optimizer, expected = (stateful(name, tensors, backend) for tensors in (params, others))
+    optimizer, expected = (with_states(name, tensors, backend) for tensors in (params, others))
     train(optimizer, params, range(2))
     train(expected, others, range(4))
     saved = on_disk([p.detach() for p in params]), on_disk(optimizer.state_dict())
@@ -170,7 +159,7 @@ def test_what_interrupts_the_first_norms_changes_nothing(
     name: str, mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = on_backend("torch")
-    optimizer = stateful(name, params, "torch", **mode)
+    optimizer = with_states(name, params, "torch", **mode)
     train(optimizer, params, range(2))
     set_grads(params, 7)
     for call in (1, 2):
@@ -185,7 +174,7 @@ def test_a_hyperparameter_that_is_none_changes_nothing(name: str) -> None:
     key = {"SGD": "dampening", "RMSprop": "eps"}.get(name, "betas")
     params, others = parameters(), parameters()
     optimizer, expected = (
-        stateful(name, [{"params": p[:2]}, {"params": p[2:]}]) for p in (params, others)
+        with_states(name, [{"params": p[:2]}, {"params": p[2:]}]) for p in (params, others)
     )
     set_grads(params, 0)
     optimizer.param_groups[1][key] = None
@@ -202,7 +191,7 @@ def test_a_hyperparameter_that_is_none_changes_nothing(name: str) -> None:
 @every_name
 def test_after_an_exception_in_a_closure_the_next_step_is_as_ever(name: str, backend: str) -> None:
     params, others = on_backend(backend), on_backend(backend)
-    optimizer, expected = (stateful(name, tensors, backend) for tensors in (params, others))
+    optimizer, expected = (with_states(name, tensors, backend) for tensors in (params, others))
     train(optimizer, params, range(1))
     train(expected, others, range(3))
 
@@ -217,84 +206,6 @@ def test_after_an_exception_in_a_closure_the_next_step_is_as_ever(name: str, bac
     train(optimizer, params, range(1, 3))
     assert same(params, others)
     assert same(optimizer.state_dict(), expected.state_dict())
-
-
-def without(key: str) -> Callable[[dict[str, Any]], None]:
-    return lambda saved: saved["state"][1].pop(key)
-
-
-def reshaped(saved: dict[str, Any]) -> None:
-    for key, value in saved["state"][1].items():
-        if key != "step":
-            saved["state"][1][key] = value.flatten()
-
-
-def of_other_optimizer(saved: dict[str, Any]) -> None:
-    for key in ("betas", "alpha", "momentum"):
-        saved["param_groups"][0].pop(key, None)
-
-
-SPOILED: list[Any] = [
-    *((name, reshaped, "shape") for name in NAMES),
-    *((name, of_other_optimizer, "option") for name in NAMES),
-    *((name, without("step"), "step") for name in NAMES[1:]),
-    *((name, without("exp_avg_sq"), "exp_avg") for name in ("Adam", "AdamW")),
-    *((name, without("max_exp_avg_sq"), "amsgrad") for name in ("Adam", "AdamW")),
-    *(("RMSprop", without(key), "square_avg") for key in ("momentum_buffer", "grad_avg")),
-]
-
-
-@every_backend
-@pytest.mark.parametrize(("name", "spoil", "says"), SPOILED)
-def test_checkpoints_that_do_not_fit_load_nothing(
-    name: str, spoil: Callable[[Any], Any], says: str, backend: str
-) -> None:
-    params = on_backend(backend)
-    optimizer = stateful(name, params, backend)
-    train(optimizer, params, range(2))
-    saved = on_disk(optimizer.state_dict())
-    spoil(saved)
-    with nothing_changes(params, optimizer), pytest.raises(ValueError, match=says) as caught:
-        optimizer.load_state_dict(saved)
-    assert "checkpoint" in str(caught.value)
-    train(optimizer, params, range(2, 3))
-
-
-@pytest.mark.parametrize("saver", OURS)
-@pytest.mark.parametrize("loader", OURS)
-def test_checkpoints_of_other_optimizers(saver: Any, loader: Any) -> None:
-    params, others = parameters(), parameters()
-    optimizer, other = loader(params), saver(others)
-    train(optimizer, params, range(1))
-    train(other, others, range(1))
-    # Adam and AdamW have the same states and options.
-    if saver.rule.kernel.name == loader.rule.kernel.name:
-        optimizer.load_state_dict(other.state_dict())
-        assert same(optimizer.state_dict()["state"], other.state_dict()["state"])
-        return
-    with nothing_changes(params, optimizer), pytest.raises(ValueError, match="another optimizer"):
-        optimizer.load_state_dict(other.state_dict())
-
-
-@pytest.mark.parametrize("key", ["state", "param_groups"])
-def test_truncated_checkpoints_load_nothing(key: str) -> None:
-    params: list[Parameter] = parameters()
-    optimizer = SGD_AGC(params, momentum=0.9)
-    train(optimizer, params, range(1))
-    saved = on_disk(optimizer.state_dict())
-    del saved[key]
-    with nothing_changes(params, optimizer), pytest.raises(KeyError, match=key):
-        optimizer.load_state_dict(saved)
-
-
-@every_backend
-@every_name
-def test_every_checkpoint_loads_with_weights_only(name: str, backend: str) -> None:
-    params = on_backend(backend)
-    optimizer = stateful(name, params, backend, nonfinite="skip_unit")
-    train(optimizer, params, range(2))
-    saved = on_disk(optimizer.state_dict())  # torch.load(weights_only=True)
-    assert same(saved, optimizer.state_dict())
 
 
 @pytest.mark.parametrize("clipping", [0.01, 0.0])

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agc_triton.torch_path import blocks
+from tests.support.optimizers import EACH_RULE
 from tests.support.sequences import NARROW, OPERATIONS, WIDE, Loop
 
-# Adam goes the way of AdamW.
-every_name = pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop"])
+every_name = pytest.mark.parametrize("name", EACH_RULE)
 all_dtypes = pytest.mark.parametrize("dtypes", [WIDE, NARROW], ids=["wide", "narrow"])
 # Without clipping the limit is inf, times 0 where nothing is: numpy, which interprets, warns of it.
 interpreted = pytest.mark.filterwarnings("ignore:invalid value .* in multiply:RuntimeWarning")

@@ -18,13 +18,13 @@ from agc_triton import adaptive_clip_grad_, dispatch
 from agc_triton.triton_path.launches import Launch
 from agc_triton.triton_path.tables import CAPTURES
 from tests.support.checks import check_clipped, oracle_for, states_of
-from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, TRITON, build
+from tests.support.optimizers import CLIPPING, EACH_RULE, STATEFUL, TRITON, build
 from tests.support.places import DEVICE, KERNELS
 from tests.support.tensors import TILE_SHAPES, assign, grads_like, same, weights
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu/test_graphs.py captures there")
 
-every_rule = pytest.mark.parametrize("name", NAMES)
+every_rule = pytest.mark.parametrize("name", EACH_RULE)
 
 
 class Graph:

@@ -1,0 +1,98 @@
+"""Checkpoints that do not fit load nothing; ours load with weights_only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch.nn import Parameter
+
+from agc_triton import SGD_AGC
+from tests.support.checks import nothing_changes
+from tests.support.disk import on_disk
+from tests.support.optimizers import NAMES, OURS
+from tests.support.tensors import parameters, same
+from tests.support.training import on_backend, train, with_states
+
+BACKENDS = ("torch", "triton")
+every_name = pytest.mark.parametrize("name", NAMES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda saved: saved["state"][1].pop(key)
+
+
+def reshaped(saved: dict[str, Any]) -> None:
+    for key, value in saved["state"][1].items():
+        if key != "step":
+            saved["state"][1][key] = value.flatten()
+
+
+def of_other_optimizer(saved: dict[str, Any]) -> None:
+    for key in ("betas", "alpha", "momentum"):
+        saved["param_groups"][0].pop(key, None)
+
+
+SPOILED: list[Any] = [
+    *((name, reshaped, "shape") for name in NAMES),
+    *((name, of_other_optimizer, "option") for name in NAMES),
+    *((name, without("step"), "step") for name in NAMES[1:]),
+    *((name, without("exp_avg_sq"), "exp_avg") for name in ("Adam", "AdamW")),
+    *((name, without("max_exp_avg_sq"), "amsgrad") for name in ("Adam", "AdamW")),
+    *(("RMSprop", without(key), "square_avg") for key in ("momentum_buffer", "grad_avg")),
+]
+
+
+@every_backend
+@pytest.mark.parametrize(("name", "spoil", "says"), SPOILED)
+def test_checkpoints_that_do_not_fit_load_nothing(
+    name: str, spoil: Callable[[Any], Any], says: str, backend: str
+) -> None:
+    params = on_backend(backend)
+    optimizer = with_states(name, params, backend)
+    train(optimizer, params, range(2))
+    saved = on_disk(optimizer.state_dict())
+    spoil(saved)
+    with nothing_changes(params, optimizer), pytest.raises(ValueError, match=says) as caught:
+        optimizer.load_state_dict(saved)
+    assert "checkpoint" in str(caught.value)
+    train(optimizer, params, range(2, 3))
+
+
+@pytest.mark.parametrize("saver", OURS)
+@pytest.mark.parametrize("loader", OURS)
+def test_checkpoints_of_other_optimizers(saver: Any, loader: Any) -> None:
+    params, others = parameters(), parameters()
+    optimizer, other = loader(params), saver(others)
+    train(optimizer, params, range(1))
+    train(other, others, range(1))
+    # Adam and AdamW have the same states and options.
+    if saver.rule.kernel.name == loader.rule.kernel.name:
+        optimizer.load_state_dict(other.state_dict())
+        assert same(optimizer.state_dict()["state"], other.state_dict()["state"])
+        return
+    with nothing_changes(params, optimizer), pytest.raises(ValueError, match="another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("key", ["state", "param_groups"])
+def test_truncated_checkpoints_load_nothing(key: str) -> None:
+    params: list[Parameter] = parameters()
+    optimizer = SGD_AGC(params, momentum=0.9)
+    train(optimizer, params, range(1))
+    saved = on_disk(optimizer.state_dict())
+    del saved[key]
+    with nothing_changes(params, optimizer), pytest.raises(KeyError, match=key):
+        optimizer.load_state_dict(saved)
+
+
+@every_backend
+@every_name
+def test_every_checkpoint_loads_with_weights_only(name: str, backend: str) -> None:
+    params = on_backend(backend)
+    optimizer = with_states(name, params, backend, nonfinite="skip_unit")
+    train(optimizer, params, range(2))
+    saved = on_disk(optimizer.state_dict())  # torch.load(weights_only=True)
+    assert same(saved, optimizer.state_dict())
