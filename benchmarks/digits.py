@@ -67,8 +67,8 @@ def load_split(on: torch.device) -> Digits:
     (train, train_labels), (test, test_labels) = (
         part.pick(torch.arange(len(part))) for part in (data.train, data.test)
     )
-    images = (data.standardized(part) for part in (train, test))
-    return Digits(*images, train_labels, test_labels)
+    images, held_out = (data.standardized(part) for part in (train, test))
+    return Digits(images, held_out, train_labels, test_labels)
 
 
 def build_optimizer(name: str, net: nn.Module, lr: float) -> Optimizer:

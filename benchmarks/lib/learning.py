@@ -19,4 +19,4 @@ def warmup_and_cosine(optimizer: Optimizer, steps: int, warmup: int) -> LambdaLR
 
 def is_broken(loss: float, accuracy: float, classes: int) -> bool:
     """Whether a loss is not finite, or an accuracy below twice that of guessing."""
-    return not math.isfinite(loss) or accuracy < 2 / classes
+    return not math.isfinite(loss) or bool(accuracy < 2 / classes)

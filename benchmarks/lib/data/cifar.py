@@ -46,7 +46,8 @@ def _read_files(folder: Path, kind: Format, classes: int) -> Read:
         return kind.parse((folder / name).read_bytes(), folder / name, classes)
 
     parts = [parsed(name) for name in kind.train]
-    train = Held(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    images = torch.cat([part.images for part in parts])
+    train = Held(images, torch.cat([part.labels for part in parts]))
     test = parsed(kind.test)
     check_labels((train.labels, test.labels), classes, folder)
     return Read(train, test, classes, flip=True)
