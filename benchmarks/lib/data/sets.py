@@ -40,6 +40,10 @@ class Held:
     images: Tensor
     labels: Tensor
 
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels):
+            raise ValueError(f"{len(self.images)} images have {len(self.labels)} labels")
+
     def __len__(self) -> int:
         return len(self.labels)
 
