@@ -109,7 +109,7 @@ def seconds(ax: Axes, table: pd.DataFrame, palette: dict[float, Any]) -> None:
     found = list(lines(table, palette))
     width = 0.8 / len(found)
     for i, (style, rows) in enumerate(found):
-        times = rows.groupby("optimizer")["seconds"].quantile([0.2, 0.5, 0.8]).unstack()
+        times = rows.groupby("optimizer")["seconds"].quantile(np.array([0.2, 0.5, 0.8])).unstack()
         low, middle, high = times.reindex(optimizers).to_numpy().T
         at = np.arange(len(optimizers)) + (i - (len(found) - 1) / 2) * width
         kept = {name: style[name] for name in ("color", "label")}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.lib.compare.grid import Run
+from benchmarks.lib.compare.grid import MIDDLE_LR, Run
 from benchmarks.lib.compare.training import COLUMNS
 
 # What must be the same for accuracies to be compared, besides optimizer and batch.
@@ -55,7 +55,8 @@ def by_lr(last: pd.DataFrame) -> pd.DataFrame:
 
 def best(table: pd.DataFrame) -> pd.DataFrame:
     """Of each case the learning rate with the highest mean accuracy."""
-    return table.loc[table.groupby(CASE)["mean"].idxmax()].reset_index(drop=True)
+    highest = table.groupby(CASE)["mean"].idxmax().to_numpy()
+    return table.loc[highest].reset_index(drop=True)
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -65,9 +66,11 @@ def markdown(table: pd.DataFrame) -> str:
         clippings = sorted(cases["clipping"].unique())
         names = ["optimizer", "batch", *map(clipping_name, clippings)]
         lines = [f"### {title(setting)}", "", _line(names), _line(["---"] * len(names))]
-        for key, of_case in cases.groupby(["optimizer", "batch"]):
+        order = cases["optimizer"].map([*MIDDLE_LR].index).argsort(kind="stable")
+        pairs = cases.iloc[order].groupby(["optimizer", "batch"], sort=False)
+        for (optimizer, batch), of_case in pairs:
             cells = [_cell(of_case[of_case["clipping"] == clipping]) for clipping in clippings]
-            lines.append(_line([*key, *cells]))
+            lines.append(_line([optimizer, batch, *cells]))
         texts.append("\n".join(lines))
     return "\n\n".join(texts) + "\n"
 
@@ -76,7 +79,7 @@ def _cell(rates: pd.DataFrame) -> str:
     """Accuracy, learning rate, and how many of all runs diverged."""
     if rates.empty:
         return ""
-    top = rates.loc[rates["mean"].idxmax()]
+    top = rates.nlargest(1, "mean").iloc[0]
     spread = f" ± {100 * top['std']:.1f}" if top["seeds"] > 1 else ""
     diverged = f"{rates['diverged'].sum()} of {rates['seeds'].sum()}"
     return f"{100 * top['mean']:.1f}{spread} (lr {top['lr']:g}); {diverged}"
