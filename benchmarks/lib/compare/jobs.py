@@ -10,12 +10,15 @@ from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.lib.compare.grid import Run
 from benchmarks.lib.compare.training import Row, Where, train
+
+# A process that is forked cannot use CUDA where its parent did.
+START = "spawn"
 
 
 class Task(NamedTuple):
@@ -58,8 +61,7 @@ class Worker:
     """A process, and the task it is at."""
 
     def __init__(self, where: Where) -> None:
-        # A process that is forked cannot use CUDA where its parent did.
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(START)
         self.ours, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs, where))
         self.process.start()
