@@ -45,21 +45,18 @@ def test_a_missing_file_is_told_with_those_that_are_there(tmp_path: Path) -> Non
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     message = refused(tmp_path)
     assert message.startswith("t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz is missing")
-    assert message.endswith(
-        "t10k-images-idx3-ubyte, train-images-idx3-ubyte, train-labels-idx1-ubyte"
-    )
+    there = ("t10k-images-idx3-ubyte", "train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+    assert message.endswith(", ".join(there))
 
 
+IMAGES = idx_bytes(TRAIN.images[:, 0])
 WRONG = {
     "labels": (idx_bytes(TRAIN.labels), "starts with 00 00 08 01, not with 00 00 08 03"),
     "text": (b"<html>not found</html>", "starts with 3c 68 74 6d"),
     "empty": (b"", "it is no IDX file of bytes with 3 dimensions"),
-    "cut": (
-        idx_bytes(TRAIN.images[:, 0])[:-7],
-        "claims 720 bytes of shape (20, 6, 6) and holds 713",
-    ),
-    "longer": (idx_bytes(TRAIN.images[:, 0]) + b"x", "holds more"),
-    "fewer": (idx_bytes(TRAIN.images[:9, 0]), "(9, 1, 6, 6)"),
+    "cut": (IMAGES[:-7], "claims 720 bytes of shape (20, 6, 6) and holds 713"),
+    "longer": (IMAGES + b"x", "holds more"),
+    "fewer": (idx_bytes(TRAIN.images[:9, 0]), "of shape (9, 6, 6) and 20 labels"),
     "oblong": (idx_bytes(TRAIN.images[:, 0, :4]), "as many labels as square images"),
     "huge": (bytes((0, 0, 8, 3)) + b"\xff" * 12 + b"few", "and holds 3"),
 }
@@ -69,7 +66,7 @@ WRONG = {
 def test_a_wrong_file_is_told(tmp_path: Path, content: bytes, message: str) -> None:
     write_idx(tmp_path, TRAIN, TEST, zipped=False)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
-    assert message.replace("(9, 1, 6, 6)", "(9, 6, 6)") in refused(tmp_path)
+    assert message in refused(tmp_path)
 
 
 def test_a_broken_gzip_file_is_told(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def panels(
     """A panel for each pair of values, and one legend for all; ``label`` is of the y axes."""
     of_rows = in_order(table[rows]) if rows else [None]
     of_columns = in_order(table[columns])
-    size = (1.2 + 2.5 * max(2, len(of_columns)), 1.6 + 2.1 * len(of_rows))
+    size = (1.2 + 2.5 * max(2, len(of_columns)), 1.8 + 2.1 * len(of_rows))
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     axes = figure.subplots(len(of_rows), len(of_columns), squeeze=False, sharey="row")
     palette = colors(table["clipping"].unique())
@@ -45,7 +45,7 @@ def panels(
     names = sorted(legend, key=[clipping_name(c) for c in palette].index)
     handles = [legend[name] for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    figure.suptitle(heading, fontsize=10)
+    figure.suptitle(heading, fontsize=9)
     return figure
 
 

@@ -72,7 +72,7 @@ def draw(rows: pd.DataFrame, rates: pd.DataFrame, name: str) -> dict[str, Figure
     figures: dict[str, tuple[pd.DataFrame, str | None, str, Callable[..., Any], str, str]] = {
         "accuracy-by-lr": (
             *(rates, "optimizer", "batch", pictures.accuracy_against("lr"), accuracy),
-            f"{name}\n{spread}; crosses: at least one of them diverged or stayed near guessing",
+            f"{name}\n{spread}\ncrosses: at least one diverged or stayed near guessing",
         ),
         "accuracy-by-batch": (
             *(top, None, "optimizer", pictures.accuracy_against("batch"), accuracy),
