@@ -115,7 +115,7 @@ class Training:
             is_broken(loss + test_loss, test_accuracy, self.data.classes),
             *(backend(self.optimizer), sum(p.numel() for p in self.net.parameters())),
             *(device_name(self.on), torch.get_num_threads()),
-            *(our_version(), torch.__version__, triton_version(), timestamp()),
+            *(our_version(), str(torch.__version__), triton_version(), timestamp()),
         )
         return {**self.run._asdict(), **dict(zip(MEASURED, found, strict=True))}
 
