@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from benchmarks.lib.compare.grid import Run
 from benchmarks.lib.compare.training import COLUMNS, Row, is_over
@@ -60,8 +61,8 @@ class Log:
 
 def read_run(row: dict[str, str]) -> Run:
     """The run that a row of text is of."""
-    kinds = {"int": int, "float": float, "str": str}
-    return Run(**{name: kinds[str(Run.__annotations__[name])](row[name]) for name in Run._fields})
+    kinds = get_type_hints(Run)
+    return Run(**{name: kinds[name](row[name]) for name in Run._fields})
 
 
 def _numbers(row: dict[str, str]) -> Row:

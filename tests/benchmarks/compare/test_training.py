@@ -32,8 +32,16 @@ def test_rows_say_what_was_trained(where: Where) -> None:
         assert row["diverged"] == (row["test_accuracy"] < 0.2)
 
 
-@pytest.mark.parametrize("model", ["nf_resnet", "bn_resnet"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize(
+    ("optimizer", "model"),
+    [
+        ("sgd", "nf_resnet"),
+        ("sgd", "bn_resnet"),
+        ("adam", "cnn"),
+        ("adamw", "cnn"),
+        ("rmsprop", "cnn"),
+    ],
+)
 def test_clipping_is_the_only_difference(
     where: Where, optimizer: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +121,9 @@ def test_autocast_trains_in_its_dtype(where: Where, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_a_run_goes_on_with_the_same_bits(where: Where, optimizer: str) -> None:
-    run = RUN._replace(optimizer=optimizer, lr=0.002, model="bn_resnet")
+    # Batch norm has states of its own.
+    model = "bn_resnet" if optimizer == "sgd" else "cnn"
+    run = RUN._replace(optimizer=optimizer, lr=0.002, model=model)
     whole = lasting(list(train(run, 0, where)))
     elsewhere = where._replace(unfinished=where.unfinished / "cut")
     first = next(iter(train(run, 0, elsewhere)))
