@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 # At batch 256; the rates beside it are a quarter and four times of it.
@@ -75,7 +75,36 @@ def all_runs(parts: Iterable[Part]) -> list[Run]:
     return sorted(runs, key=lambda run: run.seed)
 
 
-ALL_OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
+ALL_OPTIMIZERS = tuple(MIDDLE_LR)
+# Two hours on two cores: five batches of 4,096 an epoch, and images of a quarter for the ResNet.
+_SHORT = Part(
+    data=("fashion-mnist",),
+    optimizers=ALL_OPTIMIZERS,
+    batches=(64, 256, 1024, 4096),
+    seeds=1,
+    epochs=6,
+    images=20480,
+)
+_SHORT_CNN = replace(_SHORT, models=("cnn",), seeds=2)
+_SHORT_RESNET = replace(_SHORT, models=("nf_resnet",), pixels=14)
 GRIDS = {
     "digits": (Part(),),
+    "fashion": (
+        *(_SHORT_CNN, _SHORT_RESNET),
+        # Where runs with the same settings end far apart.
+        replace(_SHORT_CNN, optimizers=("sgd",), batches=(1024, 4096), seeds=3),
+        replace(_SHORT_RESNET, optimizers=("sgd",), batches=(4096,), seeds=3),
+    ),
+    "fashion-gpu": (
+        Part(
+            data=("fashion-mnist",),
+            models=("cnn", "nf_resnet_large", "bn_resnet_large"),
+            optimizers=ALL_OPTIMIZERS,
+            clippings=(0.0, 0.01, 0.04, 0.16),
+            batches=(64, 256, 1024, 4096, 8192),
+            seeds=5,
+            epochs=60,
+            dtype="bfloat16",
+        ),
+    ),
 }

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[3]
 SLOWLY = """
 import sys, time
 from benchmarks import compare
-from benchmarks.lib.compare import training
-compare.cores, save = lambda: 1, training.Training.save
+from benchmarks.lib.compare import jobs, training
+jobs.START, compare.cores, save = "{start}", lambda: 1, training.Training.save
 training.Training.save = lambda *given: (time.sleep(0.1), save(*given))
 if __name__ == "__main__":
     compare.main(sys.argv[1:])
@@ -48,10 +48,14 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
-def test_a_grid_that_is_killed_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "start",
+    ["fork", pytest.param("spawn", marks=pytest.mark.soak)],  # each imports for seconds
+)
+def test_a_grid_that_is_killed_goes_on(tmp_path: Path, start: str) -> None:
     out, whole = tmp_path / "killed.csv", tmp_path / "whole.csv"
     script = tmp_path / "slowly.py"
-    script.write_text(SLOWLY)
+    script.write_text(SLOWLY.replace("{start}", start))
     command = [sys.executable, str(script), *GRID, "--jobs", "2", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
