@@ -123,8 +123,10 @@ def check(runs: Sequence[Run], where: Where) -> None:
         if not is_known(name):
             raise ValueError(f"argument --models: {name} is no model of timm's, if there is timm")
     for run in runs:
-        if not (math.isfinite(run.clipping) and run.clipping >= 0 < run.lr < math.inf):
-            raise ValueError(f"clipping {run.clipping} or learning rate {run.lr} is none")
+        if not 0 < run.lr < math.inf:
+            raise ValueError(f"argument --lrs: {run.lr} is no learning rate")
+        if not 0 <= run.clipping < math.inf:
+            raise ValueError(f"argument --clippings: {run.clipping} is no clipping")
     # By data, so that each is read once.
     largest = {
         (run.data, run.images, run.pixels): run for run in sorted(runs, key=lambda r: r.batch)
