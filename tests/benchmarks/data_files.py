@@ -59,8 +59,9 @@ class Python2Pickler(pickle._Pickler):
 
     def save_string(self, value: bytes | str) -> None:
         content = value.encode() if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
-        self.memoize(value)
+        pickler: Any = self  # whose types tell of its public part only
+        pickler.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+        pickler.memoize(value)
 
     dispatch[bytes] = dispatch[str] = save_string
 

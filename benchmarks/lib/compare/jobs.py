@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -47,7 +47,7 @@ def perform(task: Task, where: Where) -> Iterator[Event]:
         yield Event(task.run)
 
 
-def perform_all(tasks: Sequence[Task], jobs: int, where: Where) -> Iterator[Event]:
+def perform_all(tasks: Sequence[Task], jobs: int, where: Where) -> Generator[Event]:
     """All runs, here if one at a time, else in so many processes."""
     if jobs > 1:
         yield from _in_processes(tasks, min(jobs, len(tasks)), where)

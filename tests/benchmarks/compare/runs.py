@@ -22,7 +22,8 @@ ROWS = 2 * 2 * 4  # clippings, seeds and epochs of it
 def lasting(rows: Any) -> list[dict[str, Any]]:
     """Rows without what passes; NaN is equal to itself."""
     table = pd.DataFrame(rows).drop(columns=PASSING)
-    return table.astype(object).where(table.notna(), None).to_dict("records")
+    found: list[Any] = table.astype(object).where(table.notna(), None).to_dict("records")
+    return found
 
 
 def read(path: Path) -> list[dict[str, Any]]:

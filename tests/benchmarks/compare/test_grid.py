@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_every_combination_is_there_once() -> None:
         *("--lrs", "0.1", "0.2", "--epochs", "5", "--images", "99", "--pixels", "20"),
         *("--dtype", "bfloat16"),
     )
-    axes = (
+    axes: tuple[tuple[Any, ...], ...] = (
         *(("digits", "mnist"), (20,), (99,), ("cnn", "nf_resnet"), ("sgd", "adam"), (0.0, 0.01)),
         *((64, 128), (0.1, 0.2), (0, 1), (5,), ("bfloat16",)),
     )
