@@ -68,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         log = Log(args.out, args.resume)
     except (DataError, LogError, ValueError) as error:
         parser.error(str(error))
-    failures = train_all(runs, log, args.jobs, where)
-    for failure in failures:
-        print(failure, file=sys.stderr)
+    try:
+        failures = train_all(runs, log, args.jobs, where)
+    except KeyboardInterrupt:
+        sys.exit(f"{len(log.over)} of {len(runs)} runs are in {args.out}: --resume goes on")
     print(f"{len(log.over)} runs are in {args.out}; python -m benchmarks.compare report {args.out}")
     if failures:
         sys.exit(f"{len(failures)} runs were not finished: --resume tries them again")

@@ -90,6 +90,7 @@ class Training:
     def __init__(self, run: Run, data: Dataset, on: torch.device) -> None:
         self.run, self.data, self.on = run, data, on
         self.rows: list[Row] = []
+        self.clipped, self.aside = math.nan, 0.0
         torch.manual_seed(run.seed)
         pixels = data.train.pick(torch.zeros(1, dtype=torch.int64))[0].shape[-1]
         net = classifier(run.model, pixels, data.classes, data.channels)
@@ -101,17 +102,13 @@ class Training:
 
     def epoch(self) -> Row:
         """Train once over the images, then test."""
-        self._wait()
-        start = time.perf_counter()
+        start = self._now()
         loss, accuracy = self._pass_over_training()
-        self._wait()
-        seconds = time.perf_counter() - start
-        clipped = share_clipped(self.optimizer.param_groups) if self.run.clipping else math.nan
-        self.optimizer.zero_grad()
+        seconds = self._now() - start - self.aside
         test_loss, test_accuracy = self._test()
         found = (
             *(len(self.rows) + 1, loss, test_loss, accuracy, test_accuracy),
-            *(seconds, self.steps * self.run.batch / seconds, clipped),
+            *(seconds, self.steps * self.run.batch / seconds, self.clipped),
             is_broken(loss + test_loss, test_accuracy, self.data.classes),
             *(backend(self.optimizer), sum(p.numel() for p in self.net.parameters())),
             *(device_name(self.on), torch.get_num_threads()),
@@ -133,6 +130,8 @@ class Training:
                 (loss / len(batch)).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
                 total += loss.detach()
                 right += (logits.argmax(1) == labels).sum()
+            if step == self.steps - 1:
+                self._look_at_clipping()
             self.optimizer.step()
             self.scheduler.step()
         count = self.steps * self.run.batch
@@ -159,9 +158,17 @@ class Training:
             logits = self.net(x)
         return F.cross_entropy(logits.float(), labels, reduction="sum"), logits
 
-    def _wait(self) -> None:
+    def _look_at_clipping(self) -> None:
+        """The share of units that this step will clip, and what it took to look."""
+        start = self._now()
+        self.clipped = share_clipped(self.optimizer.param_groups)
+        self.aside = self._now() - start
+
+    def _now(self) -> float:
+        """Seconds, when a GPU has done what it was given."""
         if self.on.type == "cuda":
             torch.cuda.synchronize(self.on)
+        return time.perf_counter()
 
     def save(self, file: Path) -> None:
         """In one piece, or not at all."""
