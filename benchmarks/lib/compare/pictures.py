@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from benchmarks.lib.compare.grid import MIDDLE_LR
 from benchmarks.lib.compare.summary import clipping_name
@@ -40,6 +40,7 @@ def panels(
             ax.set_title(f"{row}, {name}" if rows else name, fontsize=9)
             ax.tick_params(which="both", labelsize=8)
             ax.grid(alpha=0.3)
+            ax.set_axisbelow(True)
             handles, names = ax.get_legend_handles_labels()
             legend.update(zip(names, handles, strict=True))
     names = sorted(legend, key=[clipping_name(c) for c in palette].index)
@@ -97,8 +98,9 @@ def losses(ax: Axes, table: pd.DataFrame, palette: dict[float, Any]) -> None:
         low = (mean - std).clip(lower=mean / 10)  # the axis is logarithmic
         ax.fill_between(mean.index, low, mean + std, color=style["color"], alpha=0.2, linewidth=0)
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(LogFormatter())
-    ax.yaxis.set_minor_formatter(LogFormatter())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch", fontsize=8)
 

@@ -26,6 +26,7 @@ from benchmarks.lib.compare.summary import (
 
 CSV = Path("out/compare.csv")
 OUT = Path("out/compare")
+CROSSES = "crosses: at least one of them diverged or stayed near guessing"
 HEADER = """# With and without AGC
 
 Accuracy on the images that are not trained on, after the last epoch: mean ± standard deviation over
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             texts.append(f"![{title(setting)}: {name.replace('-', ' ')}]({path.name})")
     (args.out / "comparison.md").write_text("\n".join(texts) + "\n")
     print(markdown(rates))
-    print(f"written to {args.out / 'comparison.md'}, with {len(texts)} parts")
+    print(f"written to {args.out / 'comparison.md'}, with its pictures beside it")
 
 
 def draw(rows: pd.DataFrame, rates: pd.DataFrame, name: str) -> dict[str, Figure]:
@@ -72,11 +73,11 @@ def draw(rows: pd.DataFrame, rates: pd.DataFrame, name: str) -> dict[str, Figure
     figures: dict[str, tuple[pd.DataFrame, str | None, str, Callable[..., Any], str, str]] = {
         "accuracy-by-lr": (
             *(rates, "optimizer", "batch", pictures.accuracy_against("lr"), accuracy),
-            f"{name}\n{spread}\ncrosses: at least one diverged or stayed near guessing",
+            f"{name}\n{spread}\n{CROSSES}",
         ),
         "accuracy-by-batch": (
             *(top, None, "optimizer", pictures.accuracy_against("batch"), accuracy),
-            f"{name}\neach at its best learning rate, {spread}",
+            f"{name}\neach at its best learning rate, {spread}\n{CROSSES}",
         ),
         "loss": (
             *(of_best, "optimizer", "batch", pictures.losses, "training loss"),
@@ -103,4 +104,6 @@ def made_on(last: pd.DataFrame) -> str:
 
 def slug(text: str) -> str:
     """A name for a file."""
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+    return "-".join(
+        "".join(c if c.isalnum() else " " for c in text.lower().replace(",", "")).split()
+    )
