@@ -25,8 +25,7 @@ from benchmarks.lib.arguments import add_device, check_file, parser_of, positive
 from benchmarks.lib.compare.grid import GRIDS, MIDDLE_LR, Run, all_runs
 from benchmarks.lib.compare.jobs import Task, perform_all
 from benchmarks.lib.compare.log import Log, LogError
-from benchmarks.lib.compare.report import main as report
-from benchmarks.lib.compare.training import Where, data_of, kept_in
+from benchmarks.lib.compare.training import Where, data_of, forget
 from benchmarks.lib.data.catalog import NAMES
 from benchmarks.lib.data.sets import DataError
 from benchmarks.lib.machine import cores
@@ -51,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a grid, or report on one."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["report"]:
-        report(given[1:])
+        # Not for every job: matplotlib takes a second to import.
+        from benchmarks.lib.compare import report
+
+        report.main(given[1:])
         return
     parser = make_parser()
     args = parser.parse_args(given)
@@ -143,6 +145,8 @@ def check(runs: Sequence[Run], where: Where) -> None:
 
 def train_all(runs: Sequence[Run], log: Log, jobs: int, where: Where) -> list[str]:
     """Every run that is not over; what kept any from its end."""
+    for run in log.over:  # which a kill may have left there
+        forget(run, where)
     tasks = [Task(run, log.written[run]) for run in runs if run not in log.over]
     done = sum(run.epochs for run in runs) - sum(t.run.epochs - t.written for t in tasks)
     failures: list[str] = []
@@ -161,18 +165,13 @@ def train_all(runs: Sequence[Run], log: Log, jobs: int, where: Where) -> list[st
                 bar.update()
             elif failure:
                 failures.append(f"{run}: {failure}")
-                bar.write(failures[-1])
+                bar.write(failures[-1], file=sys.stderr)
             else:
                 bar.update(run.epochs - log.written[run])
-                kept_in(run, where).unlink(missing_ok=True)
-    if not failures and where.unfinished.is_dir():
-        _remove_if_empty(where.unfinished)
+                forget(run, where)
+    if where.unfinished.is_dir() and not any(where.unfinished.iterdir()):
+        where.unfinished.rmdir()
     return failures
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if not any(folder.iterdir()):
-        folder.rmdir()
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def kept_in(run: Run, where: Where) -> Path:
     return where.unfinished / f"{hashlib.sha256(repr(run).encode()).hexdigest()[:16]}.pt"
 
 
+def forget(run: Run, where: Where) -> None:
+    """Remove its file, and those that a kill kept from becoming it."""
+    for file in where.unfinished.glob(f"{kept_in(run, where).stem}.*"):
+        file.unlink(missing_ok=True)
+
+
 def is_over(row: Row) -> bool:
     """Whether it is its run's last: of the last epoch, or of one whose loss is not finite."""
     finite = math.isfinite(row["train_loss"] + row["test_loss"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from benchmarks.lib.data.sets import Held, Read
 
@@ -14,6 +12,10 @@ CLASSES = 10
 
 def read() -> Read:
     """The same split every time."""
+    # Not for other data: it takes seconds to import.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     train, test, *both_labels = train_test_split(
         images, labels, test_size=0.2, stratify=labels, random_state=0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SAMPLE = 8192  # images that mean and standard deviation are taken from
+SAMPLE = 2048  # images that mean and standard deviation are taken from
 AT_ONCE = 1024  # images that are looked at together
 
 

@@ -15,6 +15,7 @@ from benchmarks import compare
 from benchmarks.lib.compare.log import Log, LogError
 from benchmarks.lib.compare.training import COLUMNS
 from tests.benchmarks.compare.runs import GRID, ROWS, RUN, read
+from tests.benchmarks.data_files import random_images, write_idx
 
 pytestmark = pytest.mark.usefixtures("one_core")
 ROOT = Path(__file__).parents[3]
@@ -54,9 +55,13 @@ def gone(pid: int) -> bool:
 )
 def test_a_grid_that_is_killed_goes_on(tmp_path: Path, start: str) -> None:
     out, whole = tmp_path / "killed.csv", tmp_path / "whole.csv"
+    (tmp_path / "data").mkdir()
+    images, test_images = (random_images(200, 1, 8, 10, seed) for seed in range(2))
+    write_idx(tmp_path / "data", images, test_images, zipped=True)
+    grid = [f"mnist={tmp_path / 'data'}" if word == "digits" else word for word in GRID]
     script = tmp_path / "slowly.py"
     script.write_text(SLOWLY.replace("{start}", start))
-    command = [sys.executable, str(script), *GRID, "--jobs", "2", "--out", str(out)]
+    command = [sys.executable, str(script), *grid, "--jobs", "2", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         while lines(out) < 4 and process.poll() is None:
@@ -71,13 +76,13 @@ def test_a_grid_that_is_killed_goes_on(tmp_path: Path, start: str) -> None:
     assert all(map(gone, workers))
     before = out.read_text()
     assert 4 <= lines(out) < ROWS
-    compare.main([*GRID, "--resume", "--out", str(out)])
-    compare.main([*GRID, "--out", str(whole)])
+    compare.main([*grid, "--resume", "--out", str(out)])
+    compare.main([*grid, "--out", str(whole)])
     assert out.read_text().startswith(before)
     assert lines(out) == 1 + ROWS
     assert read(out) == read(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("killed.csv", "slowly.py", "whole.csv")
+        *("data", "killed.csv", "slowly.py", "whole.csv")
     ]
 
 
@@ -96,11 +101,17 @@ def test_what_is_over_is_not_trained_again(
 ) -> None:
     out = tmp_path / "rows.csv"
     broken = [*GRID[:8], "--lrs", "1e9", *GRID[10:]]
-    compare.main([*broken, "--out", str(out)])
+    with monkeypatch.context() as killed:
+        killed.setattr(compare, "forget", lambda run, where: None)
+        compare.main([*broken, "--out", str(out)])
     before = out.read_bytes()
+    kept = tmp_path / "rows.unfinished"
+    first = next(kept.iterdir())
+    first.with_suffix(".1234").touch()  # as a kill leaves it while a run is being saved
     monkeypatch.setattr(compare, "perform_all", lambda tasks, *_: iter(tasks and [1 / 0]))
     compare.main([*broken, "--resume", "--out", str(out)])
     assert out.read_bytes() == before
+    assert not kept.exists()
     assert f"4 runs are in {out}" in capsys.readouterr().out
 
 
