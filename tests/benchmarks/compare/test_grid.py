@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import compare
 from benchmarks.lib.compare.grid import GRIDS, MIDDLE_LR, Part, Run, all_runs, default_lrs
+from benchmarks.lib.compare.training import Where
 from benchmarks.lib.networks import is_known
 
 
@@ -33,6 +35,19 @@ def test_every_combination_is_there_once() -> None:
 
 def test_a_grid_that_is_cut_short_has_every_run_with_the_first_seed() -> None:
     assert [run.seed for run in runs("--seeds", "3")] == [0] * 27 + [1] * 27 + [2] * 27
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, 8), (3, 2), (9, 1)])
+def test_jobs_share_the_cores(
+    jobs: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Where] = []
+    monkeypatch.setattr(compare, "cores", lambda: 8)
+    monkeypatch.setattr(
+        compare, "perform_all", lambda tasks, jobs, where: asked.append(where) or ()
+    )
+    compare.main(["--jobs", str(jobs), "--device", "cpu", "--out", str(tmp_path / "rows.csv")])
+    assert [where.threads for where in asked] == [threads]
 
 
 def test_parts_that_overlap_are_made_once() -> None:

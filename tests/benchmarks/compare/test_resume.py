@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks import compare
+from benchmarks.lib.compare.jobs import Event
 from benchmarks.lib.compare.log import Log, LogError
 from benchmarks.lib.compare.training import COLUMNS
 from tests.benchmarks.compare.runs import GRID, ROWS, RUN, read
@@ -144,3 +146,13 @@ def test_a_run_that_fails_is_told_and_tried_again(
     assert "FileNotFoundError" in capsys.readouterr().err
     compare.main([*GRID, "--resume", "--out", str(out)])
     assert lines(out) == 1 + ROWS
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> Iterator[Event]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(compare, "perform_all", interrupted)
+    with pytest.raises(SystemExit, match=r"0 of 4 runs are in .*: --resume goes on"):
+        compare.main([*GRID, "--out", str(tmp_path / "rows.csv")])
