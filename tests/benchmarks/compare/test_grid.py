@@ -42,10 +42,13 @@ def test_jobs_share_the_cores(
     jobs: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Where] = []
+
+    def nothing(tasks: object, jobs: int, where: Where) -> tuple[()]:
+        asked.append(where)
+        return ()
+
     monkeypatch.setattr(compare, "cores", lambda: 8)
-    monkeypatch.setattr(
-        compare, "perform_all", lambda tasks, jobs, where: asked.append(where) or ()
-    )
+    monkeypatch.setattr(compare, "perform_all", nothing)
     compare.main(["--jobs", str(jobs), "--device", "cpu", "--out", str(tmp_path / "rows.csv")])
     assert [where.threads for where in asked] == [threads]
 
