@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 # At batch 256; the rates beside it are a quarter and four times of it.
-MIDDLE_LR = {"sgd": 0.2, "adam": 0.004, "adamw": 0.004, "rmsprop": 0.002}
+MIDDLE_LR = {"sgd": 0.4, "adam": 0.004, "adamw": 0.004, "rmsprop": 0.002}
 STEP = 4.0
 
 

@@ -59,8 +59,8 @@ def test_parts_that_overlap_are_made_once() -> None:
 
 
 def test_learning_rates_go_with_the_square_root_of_the_batch() -> None:
-    assert default_lrs("sgd", 256) == (0.05, 0.2, 0.8)
-    assert default_lrs("sgd", 4096) == (0.2, 0.8, 3.2)
+    assert default_lrs("sgd", 256) == (0.1, 0.4, 1.6)
+    assert default_lrs("sgd", 4096) == (0.4, 1.6, 6.4)
     assert default_lrs("adam", 64) == (0.0005, 0.002, 0.008)
 
 
