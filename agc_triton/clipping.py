@@ -12,8 +12,10 @@ from torch import Tensor
 from agc_triton.dispatch import Clipper
 from agc_triton.norms import Clip, clip_factors, norms_over, spread, unit_norms
 from agc_triton.routing import check_backend
+from agc_triton.sharded import any_sharded
 from agc_triton.units import UnitDim, unit_axes
 from agc_triton.validation import (
+    bring_gradients,
     check_grad,
     check_in_place,
     check_options,
@@ -106,6 +108,8 @@ def clip_groups_(groups: Sequence[Mapping[str, Any]], backend: str, clipper: Cli
     Raises:
         ValueError, TypeError, RuntimeError: as `adaptive_clip_grad_`; nothing has been changed.
     """
+    if any(any_sharded(group["params"]) for group in groups):
+        bring_gradients(groups)
     for index, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             if group["clipping"] and param.grad is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from agc_triton.nonfinite import SkippedUnits, check_finite
-from agc_triton.norms import Clip
+from agc_triton.exchange import CachedSharding, Exchange, Sharding
+from agc_triton.nonfinite import SkippedUnits, agreed, check_finite
 from agc_triton.routing import eligible, wants_triton
-from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Work
-from agc_triton.sharded import Kind, is_sharded
+from agc_triton.rule import KernelRule, Rule, Work
 from agc_triton.snapshot import Cached
-from agc_triton.torch_path import step as torch_path
-from agc_triton.torch_path.plan import BlockPlan
-from agc_triton.torch_path.split import SplitStep
-from agc_triton.validation import check_gradients, check_group, check_options, check_shapes
-from agc_triton.versions import count_writes
+from agc_triton.torch_path.prepare import Beats, Given, TorchPath
+from agc_triton.validation import bring_gradients, check_work
 
 if TYPE_CHECKING:
     from agc_triton.triton_path.buckets import Bucket as Bucket
@@ -31,13 +27,13 @@ class Paths:
     """What an optimizer keeps from step to step on both paths; it is never pickled."""
 
     def __init__(self) -> None:
-        self.triton = TritonPath()
-        self.blocks: dict[tuple[int, int], Cached[BlockPlan]] = {}
+        self.triton, self.torch = TritonPath(), TorchPath()
+        self._sharding = CachedSharding()
         self.skipped = SkippedUnits()
 
     def release(self) -> None:
         """Let go of states that have been replaced."""
-        self.blocks = {}
+        self.torch.release()
         self.triton.release()
 
     def step(self, work: Work, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -47,94 +43,44 @@ class Paths:
             RuntimeError, TypeError, ValueError: as `AGCOptimizer.step`; nothing has been changed.
         """
         capturing = is_capturing()
+        sharding = self._sharding.of(work)
+        if sharding.kinds:
+            bring_gradients(work.groups)
+            found_inf = agreed(found_inf, work.groups)
         if work.nonfinite == "raise":
             _check_finite(work, found_inf, capturing)
         skipped = self.skipped if work.nonfinite == "skip_unit" else None
         with _whole_states(work.state):
-            check = partial(_check_all, work)
-            plan = self.triton.prepare(work, check, skipped, capturing, "step()")
+            check = partial(check_work, work)
+            plan = self.triton.prepare(work, check, skipped, sharding, capturing, "step()")
             rest = list(enumerate(work.groups)) if plan is None else plan.rest(work.groups)
-            # A host sync on CUDA, as GradScaler itself has for optimizers it cannot fuse with.
-            if rest and found_inf is not None and found_inf.item():
-                rest = []
-            split = SplitStep(work.rule, grad_scale)
-            updates = self._prepare_blocks(work, rest, skipped, grad_scale, found_inf, split)
-        split.begin()  # the first, as ranks may fail each other before anything has been written
-        if plan is not None:
-            plan.begin(grad_scale, found_inf, capturing)
-            plan.update()
-        for update in updates:
-            update()
-        split.update()
+            beats = self.torch.prepare(work, rest, Given(skipped, sharding, grad_scale, found_inf))
+        _run(beats, plan, sharding.exchange, grad_scale, found_inf, capturing)
 
-    def _prepare_blocks(
-        self,
-        work: Work,
-        groups: list[tuple[int, dict[str, Any]]],
-        skipped: SkippedUnits | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        split: SplitStep,
-    ) -> list[Callable[[], None]]:
-        """What updates these groups on the torch path, all of it checked before any of it runs."""
-        scaler = None if grad_scale is None else grad_scale.reshape(()), found_inf
-        # All states of all groups are created before any is updated.
-        collected = [_collect(work, group) for _, group in groups]
-        updates: list[Callable[[], None]] = []
-        for (index, group), batches in zip(groups, collected, strict=True):
-            check_options(group, index)
-            clip = Clip.of(group, skipped) if work.needs_units(group) else None
-            here = self._here(work, index, batches, clip, split, updates)
-            for at, (lists, options) in enumerate(here):
-                given = lists, options, clip
-                if lists.params:
-                    plan = self._blocks_of((index, at), work, *given)
-                    updates.append(torch_path.prepare(work.rule, plan, *given, *scaler))
-                else:
-                    self.blocks.pop((index, at), None)
-        return updates
 
-    def _here(
-        self,
-        work: Work,
-        index: int,
-        batches: Batches,
-        clip: Clip | None,
-        split: SplitStep,
-        updates: list[Callable[[], None]],
-    ) -> Batches:
-        """The batches, with the local tensors of DTensors whose units are whole on this rank.
-
-        What is split between ranks goes to ``split``; autograd, which knows the DTensors, is told
-        of the writes to all of them.
-        """
-        group = work.groups[index]
-        if clip is None or not any(map(is_sharded, group["params"])):
-            return batches
-        _check(work, index)
-        kinds = {id(param): work.kind_of(param, group) for param in group["params"]}
-        split.add([p for p in group["params"] if kinds[id(p)] is Kind.SPLIT], clip)
-        here: Batches = []
-        for lists, options in batches:
-            of_kind = {
-                kind: lists.select([i for i, p in enumerate(lists.params) if kinds[id(p)] is kind])
-                for kind in Kind
-            }
-            split.update_later(of_kind[Kind.SPLIT], options, clip)
-            written = [*of_kind[Kind.WHOLE].params, *of_kind[Kind.SPLIT].params]
-            updates.append(partial(count_writes, list(filter(is_sharded, written))))
-            here += [(of_kind[Kind.WHOLE].local(), options), (of_kind[Kind.OTHER], options)]
-        return here
-
-    def _blocks_of(self, at: tuple[int, int], work: Work, *given: Any) -> BlockPlan:
-        def make() -> BlockPlan:
-            _check(work, at[0])
-            _bring_counts(work, *given[:2])
-            return BlockPlan(*given)
-
-        if at not in self.blocks:
-            self.blocks[at] = Cached(views=True)
-        return self.blocks[at].get(lambda plan: plan.look(*given), make)
+def _run(
+    beats: Beats,
+    plan: TritonPlan | None,
+    exchange: Exchange | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    capturing: bool,
+) -> None:
+    """Both paths; what is whole on this rank is updated while sums go over ranks."""
+    # Torch's sums first, as ranks may fail each other before anything has been written.
+    beats.begin()
+    if plan is not None:
+        plan.begin(grad_scale, found_inf, capturing)
+    if exchange is not None:
+        exchange.start()
+    if plan is not None:
+        plan.update()
+    beats.update()
+    if exchange is not None:
+        exchange.wait()
+    if plan is not None:
+        plan.finish()
+    beats.finish()
 
 
 class TritonPath:
@@ -160,6 +106,7 @@ class TritonPath:
         work: Work,
         check: Callable[[], None],
         skipped: SkippedUnits | None,
+        sharding: Sharding,
         capturing: bool,
         what: str,
     ) -> TritonPlan | None:
@@ -170,6 +117,8 @@ class TritonPath:
                 there is no plan and a CUDA graph is being captured (``what`` is to be).
             RuntimeError, TypeError, ValueError: what ``check`` raises before a plan is made.
         """
+
+        exchange = sharding.exchange
 
         def make() -> TritonPlan | None:
             if not any(wants_triton(work.backend, group) for group in work.groups):
@@ -188,10 +137,10 @@ class TritonPath:
             from agc_triton.triton_path.scalars import OwnScalars
 
             self._own = self._own or OwnScalars()
-            return TritonPlan(work, taken, self._own, skipped, self.captured)
+            return TritonPlan(work, taken, self._own, skipped, exchange, self.captured)
 
         return self._cached.get(
-            lambda plan: plan.look(work), make, lambda plan: plan.write_tables(work)
+            lambda plan: plan.look(work, exchange), make, lambda plan: plan.write_tables(work)
         )
 
 
@@ -214,7 +163,8 @@ class Clipper:
     """Clips the gradients of parameter groups in place, with a plan that is kept between calls."""
 
     def __init__(self) -> None:
-        self._triton = TritonPath()
+        self._triton, self._torch = TritonPath(), TorchPath()
+        self._sharding = CachedSharding()
         self._no_state: dict[Tensor, dict[str, Any]] = {}
 
     @property
@@ -230,14 +180,11 @@ class Clipper:
         """
         capturing = is_capturing()
         work = Work("", CLIP, groups, self._no_state, lambda group: [], backend, "propagate")
-        plan = self._triton.prepare(work, lambda: None, None, capturing, "clipping")
+        sharding = self._sharding.of(work)
+        plan = self._triton.prepare(work, lambda: None, None, sharding, capturing, "clipping")
         rest = list(enumerate(groups)) if plan is None else plan.rest(groups)
-        if plan is not None:
-            plan.begin(None, None, capturing)
-            plan.update()
-        for _, group in rest:
-            params = [p for p in group["params"] if p.grad is not None]
-            torch_path.clip_grads_(params, Clip.of(group))
+        beats = self._torch.prepare_clipping(work, rest, sharding)
+        _run(beats, plan, sharding.exchange, None, None, capturing)
 
 
 def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
@@ -253,48 +200,6 @@ def is_capturing() -> bool:
     """Whether a CUDA graph is being captured; CUDA is asked only where it has been used."""
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
     return initialized and torch.cuda.is_current_stream_capturing()
-
-
-def _collect(work: Work, group: dict[str, Any]) -> Batches:
-    """What has a gradient; where torch objects, our own checks speak first."""
-    try:
-        if torch.get_default_device().type == "cpu":
-            return work.collect(group)
-        # torch makes step counts on the default device, and would look for them on a CPU.
-        with torch.device("cpu"):
-            return work.collect(group)
-    except Exception:
-        _check_all(work)
-        raise
-
-
-def _bring_counts(work: Work, lists: TensorLists, options: Mapping[str, Any]) -> None:
-    """Step counts that lie where torch would not take them are moved to their parameters.
-
-    So they do after training on one device goes on on another.
-    """
-    if not lists.steps:
-        return
-    (key,) = work.rule.kernel.scalars
-    beside = options.get("capturable") or options.get("fused")
-    for i, (param, step) in enumerate(zip(lists.params, lists.steps, strict=True)):
-        if step.device != param.device and (beside or not step.is_cpu):
-            lists.steps[i] = work.state[param][key] = step.to(param.device)
-
-
-def _check_all(work: Work) -> None:
-    for index in range(len(work.groups)):
-        _check(work, index)
-
-
-def _check(work: Work, index: int) -> None:
-    """Check a group before it is planned for."""
-    group = work.groups[index]
-    units = work.needs_units(group)
-    check_group(group, index, units=units)
-    if units:
-        check_gradients(group, index, work.name, work.nonfinite)
-    check_shapes(group, index, work.rule.kernel.states(group), work.state)
 
 
 def _check_finite(work: Work, found_inf: Tensor | None, capturing: bool) -> None:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from agc_triton.dispatch import preview
+from agc_triton.exchange import sharding_of
 from agc_triton.routing import reasons
 from agc_triton.rule import Work
 from agc_triton.units import count_units, has_units
@@ -43,9 +45,20 @@ def explain(work: Work, bandwidth: float) -> pd.DataFrame:
     for launched in preview(work, taken):
         kind = _kind(launched.device, launched.dtype)
         rows.append(_row("triton", "", *kind, "begin", launches=1))
+        if launched.folds:
+            rows.append(_row("triton", "", *kind, "fold", units=launched.folds, launches=1))
         for bucket in launched.buckets:
             described = _describe(bucket, launched.dtype, launched.states)
             rows.append(_row("triton", "", *kind, **described))
+    exchange = sharding_of(work).exchange
+    for pool, group, start, stop in exchange.collectives if exchange else ():
+        of_units: dict[str, Any] = {
+            "units": stop - start,
+            "bytes": (stop - start) * pool.own[0].nbytes,
+        }
+        over = f"adds up over {torch.distributed.get_world_size(group)} ranks"
+        kind = _kind(pool.own.device, pool.own.dtype)
+        rows.append(_row("torch.distributed", over, *kind, "all-reduce", **of_units))
     for (device, dtype, reason), members in others.items():
         moved = sum(p.numel() * p.element_size() * (3 + 2 * states) for p, states, _ in members)
         sizes = {
@@ -76,6 +89,7 @@ def _units(param: Tensor, group: Mapping[str, Any]) -> int:
 def _describe(bucket: Bucket, dtype: torch.dtype, states: int) -> dict[str, Any]:
     shape, itemsize = bucket.shape, dtype.to_real().itemsize
     kind = "split" if shape.split else "registers" if shape.rows == 1 else "rows"
+    kind += " shared" if shape.across else ""
     promises = " strided" if shape.strided else "" if shape.vector > 1 else " unaligned"
     return {
         "kind": kind + promises,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from agc_triton.rule import TensorLists, Update
+from agc_triton.sharded import local, mesh_groups
 from agc_triton.validation import tensor_name
 
 NONFINITE = ("propagate", "skip_unit", "raise")
@@ -92,31 +95,58 @@ def update_others(update: Update, lists: TensorLists, bad: Sequence[Tensor]) -> 
             old.copy_(torch.where(skipped, old, new))
 
 
+def agreed(found_inf: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """GradScaler's verdict of all ranks that share any of these parameters, if there is one.
+
+    torch goes by the placement of the first gradient alone.
+    """
+    if found_inf is not None:
+        found_inf = found_inf.clone()
+        for ranks in mesh_groups([param for group in groups for param in group["params"]]):
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, ranks)
+    return found_inf
+
+
 def check_finite(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Check all elements of all gradients, with one wait per device.
+    """Check all elements of all gradients, with one wait per device; ranks agree about DTensors'.
 
     Raises:
-        RuntimeError: one is NaN or infinite.
+        RuntimeError: one is NaN or infinite, on every rank that has a part of any of them.
     """
-    at: dict[torch.device, list[tuple[int, int]]] = {}
-    bad: dict[torch.device, list[Tensor]] = {}
+    at: defaultdict[torch.device, list[tuple[int, int]]] = defaultdict(list)
+    found: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
     for index, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
-            if param.grad is not None:
-                # Sums go over ranks with NaN in any of them, which maxima may not.
-                count = _all_of((~_values(param.grad).isfinite()).sum())
-                at.setdefault(count.device, []).append((index, i))
-                bad.setdefault(count.device, []).append(count)
-    for device, counts in bad.items():
-        found = torch.stack(counts).nonzero().flatten().tolist()
-        if found:
-            index, i = at[device][found[0]]
-            nans = _all_of(_values(groups[index]["params"][i].grad).isnan().sum())
-            raise RuntimeError(
-                f"the gradient of {tensor_name(groups[index], index, i)} holds"
-                f" {'NaN' if nans else 'inf'} and nonfinite='raise'; nothing has been updated:"
-                " leave this batch out, lower the learning rate, or use nonfinite='skip_unit'"
-            )
+            here = param.grad if param.grad is None else _values(local(param.grad))
+            if here is None or not here.numel():  # another rank may have some
+                here = torch.zeros(1, device=local(param).device)
+            at[here.device].append((index, i))
+            found[here.device].append(_fault(here))
+    ranks = mesh_groups([param for group in groups for param in group["params"]])
+    rank = torch.distributed.get_rank() if ranks else 0
+    for device, faults in found.items():
+        # The rank is in the number, so that the largest over all ranks says who has it.
+        flags = torch.stack(faults)
+        flags = torch.where(flags > 0, flags + 2 * rank, 0)
+        for ranks_of in ranks:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, ranks_of)
+        numbers = flags.tolist()
+        for (index, i), number in zip(at[device], numbers, strict=True):
+            if number:
+                where, nan = divmod(number - 1, 2)
+                raise RuntimeError(
+                    f"the gradient of {tensor_name(groups[index], index, i)} holds"
+                    f" {'NaN' if nan else 'inf'}{f' on rank {where}' if ranks else ''} and"
+                    " nonfinite='raise'; nothing has been updated: leave this batch out, lower the"
+                    " learning rate, or use nonfinite='skip_unit'"
+                )
+
+
+def _fault(values: Tensor) -> Tensor:
+    """0 where all is finite, 1 with an infinity, 2 with NaN; in one pass."""
+    low, high = values.aminmax()
+    infinite = low.isinf() | high.isinf()
+    return torch.where(low.isnan(), 2, infinite.long())
 
 
 def _values(grad: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from agc_triton.rule import Work
-from agc_triton.sharded import Kind, is_sharded, local
-from agc_triton.units import PLAIN, has_units, memory_order, unit_layout
+from agc_triton.sharded import Kind, layout_here, local
+from agc_triton.units import PLAIN, has_units, memory_order
 from agc_triton.validation import tensor_name
 
 BACKENDS = ("auto", "triton", "torch")
@@ -24,9 +24,6 @@ BACKENDS = ("auto", "triton", "torch")
 TRITON_NEEDED = (3, 6)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# Torch's operations on local tensors serve these, as a collective lies between norms and update.
-SPLIT = "its units are split between ranks"
 
 # Packages whose frames lie between a warning and the user's line.
 WITHIN = ("agc_triton", "torch")
@@ -112,12 +109,9 @@ def _why_torch(work: Work, group: Mapping[str, Any], param: Tensor) -> str | Non
         return option
     if is_lazy(param):
         return "it has no shape yet"
-    if is_sharded(param) and (kind := work.kind_of(param, group)) is not Kind.OTHER:
-        if kind is Kind.SPLIT:
-            return SPLIT
-        grad, param = param.grad, local(param)
-    else:
-        grad = param.grad
+    whole, grad = param, param.grad
+    if work.kind_of(param, group) is not Kind.OTHER:
+        param = local(param)
     if param.numel() == 0:
         return "it is empty"
     if not param.is_cuda and (backend == "auto" or not interpreted()):
@@ -128,15 +122,14 @@ def _why_torch(work: Work, group: Mapping[str, Any], param: Tensor) -> str | Non
         return f"a {type(param).__name__} is not a plain tensor"
     if param.dtype.to_real() not in DTYPES:
         return f"its dtype is {param.dtype}"
-    order = memory_order(param)
-    if order is None:
+    if memory_order(param) is None:
         return "it is not dense in memory"
     if param.is_conj() or param.is_neg():
         return "it is a view that conjugates or negates"
-    if not has_units(param.shape, group["unit_dim"]):
+    if not has_units(whole.shape, group["unit_dim"]):
         # With clipping it is refused.
         return None if group["clipping"] else f"unit_dim={group['unit_dim']} is out of range"
-    if unit_layout(param.shape, order, group["unit_dim"]) is None:
+    if layout_here(whole, group["unit_dim"]) is None:
         return f"its units (unit_dim={group['unit_dim']}) are scattered in memory"
     if grad is not None and grad.layout is not torch.strided:
         return "its gradient is sparse"
@@ -170,7 +163,7 @@ def eligible(work: Work, index: int) -> list[Tensor]:
     for i, (param, reason) in enumerate(pairs):
         if reason is None:
             taken.append(param)
-        elif is_lazy(param) or local(param).numel() == 0 or reason == SPLIT:
+        elif is_lazy(param) or local(param).numel() == 0:
             continue
         elif backend == "triton":
             name = tensor_name(group, index, i)

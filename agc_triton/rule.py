@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from agc_triton.sharded import Kind, is_sharded, kind_of, local
+from agc_triton.sharded import Kind, is_sharded, kind_of, locals_of
 
 
 class TensorLists(NamedTuple):
@@ -30,15 +30,9 @@ class TensorLists(NamedTuple):
         return TensorLists(params, grads, states, steps)
 
     def local(self) -> TensorLists:
-        """The same of what lies on this rank; parts of DTensors that are empty are left out."""
-        params, grads, *states = (
-            list(map(local, role)) for role in (self.params, self.grads, *self.states)
-        )
-        here = TensorLists(params, grads, tuple(states), self.steps)
-        sharded = map(is_sharded, self.params)
-        return here.select(
-            [i for i, dtensor in enumerate(sharded) if not dtensor or params[i].numel()]
-        )
+        """The same of what lies on this rank."""
+        params, grads, *states = map(locals_of, (self.params, self.grads, *self.states))
+        return TensorLists(params, grads, tuple(states), self.steps)
 
 
 def pick(indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
@@ -118,11 +112,14 @@ class Work(NamedTuple):
     def kind_of(self, param: Tensor, group: Mapping[str, Any]) -> Kind:
         """How a parameter of a group is stepped on this rank.
 
-        Skipped units are counted over all ranks, and autograd sees DTensors: these stay.
+        Autograd sees DTensors, not what lies here, and what needs no units has none to split.
         """
-        stays = self.nonfinite == "skip_unit" or group.get("differentiable")
+        if not is_sharded(param):
+            return Kind.WHOLE
+        if group.get("differentiable"):
+            return Kind.OTHER
         kind = kind_of(param, group["unit_dim"])
-        return Kind.OTHER if stays and is_sharded(param) else kind
+        return kind if self.needs_units(group) or kind is Kind.OTHER else Kind.WHOLE
 
 
 def number(value: Any) -> float:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agc_triton.units import PLAIN, UnitDim, unit_axes
+from agc_triton.units import (
+    PLAIN,
+    UnitDim,
+    UnitLayout,
+    axes_layout,
+    has_units,
+    memory_order,
+    unit_axes,
+)
+
+# to_local makes another tensor of a parameter at every call.
+_local = attrgetter("_local_tensor")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -18,51 +31,53 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor) not in PLAIN and hasattr(tensor, "placements")
 
 
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any is a DTensor."""
+    return any(hasattr(kind, "placements") for kind in set(map(type, tensors)).difference(PLAIN))
+
+
 def local(tensor: Any) -> Tensor:
     """What of a DTensor lies on this rank; any other tensor as it is."""
     here: Tensor = tensor
     if is_sharded(tensor):
-        with torch.no_grad():
-            here = tensor.to_local()
+        here = _local(tensor)
     return here
+
+
+def locals_of(tensors: Iterable[Any]) -> list[Any]:
+    """What of each lies on this rank; None stays."""
+    tensors = list(tensors)
+    try:
+        return list(map(_local, tensors))
+    except AttributeError:  # not all are DTensors
+        return [t if t is None or type(t) in PLAIN else local(t) for t in tensors]
 
 
 def placed_alike(a: Any, b: Any) -> bool:
     """Whether two tensors are both plain, or DTensors that lie on the ranks alike."""
-    placed: bool = getattr(a, "placements", None) == getattr(b, "placements", None)
-    return placed
+    return all(
+        getattr(a, key, None) == getattr(b, key, None) for key in ("placements", "device_mesh")
+    )
 
 
-def split_dims(param: Any, unit_dim: UnitDim) -> tuple[int, ...] | None:
-    """The dimensions of a DTensor's mesh between whose ranks its units are split.
+def place_gradients(params: Iterable[Any]) -> bool:
+    """Bring gradients to where their DTensors lie; whether they lie there now.
 
-    None where its parts cannot be told from the placements and ``unit_dim`` alone.
+    Sums over ranks that are missing are made: gradients come so from SequenceParallel.
     """
-    return _split_dims(param.shape, tuple(param.placements), unit_dim)
-
-
-@functools.lru_cache(maxsize=4096)
-def _split_dims(
-    shape: torch.Size, placements: tuple[Any, ...], unit_dim: UnitDim
-) -> tuple[int, ...] | None:
-    axes = dict(unit_axes(shape, unit_dim))
-    if any(parts != shape[dim] for dim, parts in axes.items()):
-        return None
-    if axes and all(size == 1 for dim, size in enumerate(shape) if dim not in axes):
-        return None  # a part of it might look like a single unit
-    found = []
-    for mesh_dim, placement in enumerate(placements):
-        if placement.is_partial():
-            return None
-        if not placement.is_replicate() and placement.dim not in axes:
-            found.append(mesh_dim)
-    return tuple(found)
-
-
-def process_groups(param: Any, dims: Sequence[int]) -> list[Any]:
-    """The process groups of these mesh dimensions that have more than this rank."""
-    mesh = param.device_mesh
-    return [mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1]
+    there = [p for p in params if p.grad is not None]
+    grads = [p.grad for p in there]
+    # Mostly the very same objects.
+    if [getattr(g, "_spec", None) for g in grads] == [getattr(p, "_spec", None) for p in there]:
+        return True
+    for param, grad in zip(there, grads, strict=True):
+        if placed_alike(grad, param):
+            continue
+        if getattr(grad, "device_mesh", 0) != getattr(param, "device_mesh", 1):
+            return False
+        with torch.no_grad():
+            param.grad = grad.redistribute(placements=param.placements)
+    return True
 
 
 class Kind(enum.Enum):
@@ -73,9 +88,83 @@ class Kind(enum.Enum):
     OTHER = enum.auto()
 
 
-def kind_of(param: Tensor, unit_dim: UnitDim) -> Kind:
-    """How its units lie; a plain tensor's are whole."""
+def kind_of(param: Any, unit_dim: UnitDim) -> Kind:
+    """How its units lie, told from placements and ``unit_dim`` alone; a plain tensor's are whole.
+
+    A mesh dimension of one rank splits nothing.
+    """
     if not is_sharded(param):
         return Kind.WHOLE
-    dims = split_dims(param, unit_dim)
+    dims = _split_dims(param.shape, *_placed(param), unit_dim)
     return Kind.OTHER if dims is None else Kind.SPLIT if dims else Kind.WHOLE
+
+
+def process_groups(param: Any, unit_dim: UnitDim) -> list[Any]:
+    """The process groups between whose ranks the units of a parameter are split."""
+    dims = _split_dims(param.shape, *_placed(param), unit_dim)
+    return [param.device_mesh.get_group(dim) for dim in dims or ()]
+
+
+def mesh_groups(params: Iterable[Any]) -> list[Any]:
+    """The process groups, of more than one rank, that share any of these DTensors."""
+    groups: dict[str, Any] = {}
+    for param in filter(is_sharded, params):
+        mesh = param.device_mesh
+        for dim in range(mesh.ndim):
+            if mesh.size(dim) > 1:
+                group = mesh.get_group(dim)
+                groups[group.group_name] = group
+    return list(groups.values())
+
+
+def axes_here(param: Any, unit_dim: UnitDim) -> tuple[tuple[int, int], ...]:
+    """As `unit_axes`, of what lies on this rank: the units of a part are those of the whole."""
+    axes = unit_axes(param.shape, unit_dim)
+    if not is_sharded(param):
+        return axes
+    here = local(param).shape
+    return tuple((dim, here[dim] if n == param.shape[dim] else n) for dim, n in axes)
+
+
+def units_here(param: Any, unit_dim: UnitDim) -> int:
+    """How many units have a part on this rank, which may be an empty one."""
+    return math.prod(parts for _, parts in axes_here(param, unit_dim))
+
+
+def layout_here(param: Any, unit_dim: UnitDim) -> UnitLayout | None:
+    """How the units of a dense tensor, or of what of it lies on this rank, lie in memory.
+
+    Raises:
+        ValueError: ``unit_dim`` does not fit its shape.
+    """
+    here = local(param)
+    order = memory_order(here)
+    return None if order is None else axes_layout(here.shape, order, axes_here(param, unit_dim))
+
+
+def _placed(param: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    return tuple(param.placements), tuple(param.device_mesh.shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _split_dims(
+    shape: torch.Size, placements: tuple[Any, ...], mesh: tuple[int, ...], unit_dim: UnitDim
+) -> tuple[int, ...] | None:
+    """The mesh dimensions between whose ranks units are split; None where that is unknown."""
+    if not has_units(shape, unit_dim):
+        return None
+    axes = dict(unit_axes(shape, unit_dim))
+    if axes and all(size == 1 for dim, size in enumerate(shape) if dim not in axes):
+        return None  # a part of it might look like a single unit
+    found = []
+    for mesh_dim, placement in enumerate(placements):
+        if placement.is_partial():
+            return None
+        if placement.is_replicate() or mesh[mesh_dim] == 1:
+            continue
+        dim = placement.dim % len(shape)
+        if dim not in axes:
+            found.append(mesh_dim)
+        elif axes[dim] != shape[dim]:
+            return None  # where parts of a dimension end is not where ranks do
+    return tuple(found)

@@ -155,7 +155,14 @@ def unit_layout(shape: torch.Size, order: tuple[int, ...], unit_dim: UnitDim) ->
     Raises:
         ValueError: ``unit_dim`` does not fit ``shape``.
     """
-    axes = dict(unit_axes(shape, unit_dim))
+    return axes_layout(shape, order, unit_axes(shape, unit_dim))
+
+
+def axes_layout(
+    shape: torch.Size, order: tuple[int, ...], unit_axes: tuple[tuple[int, int], ...]
+) -> UnitLayout | None:
+    """The same for units that these dimensions index, each with its number of parts."""
+    axes = dict(unit_axes)
     # From slowest to fastest, neighbours of a kind as one: whether they index units, and sizes.
     runs: list[tuple[bool, int]] = []
     for dim in order:

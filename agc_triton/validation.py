@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from agc_triton.options import AGC_OPTIONS
-from agc_triton.rule import KernelRule
-from agc_triton.sharded import is_sharded, placed_alike
+from agc_triton.rule import KernelRule, Work
+from agc_triton.sharded import is_sharded, place_gradients, placed_alike
 from agc_triton.units import UnitDim, dims_and_parts, unit_axes
 
 # What norms in fp32 can be compared with.
@@ -105,8 +106,6 @@ def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfin
                 f"{' without skip_unit' if nonfinite == 'skip_unit' else ''}"
             )
         check_grad(param, grad, group, index, i)
-        if is_sharded(param):
-            check_placements(param, grad, group, index, i)
 
 
 def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -118,19 +117,28 @@ def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int
     _check_alike(param, grad, "the gradient's", "make them equal before step()", group, index, i)
 
 
-def check_placements(param: Any, grad: Any, group: Mapping[str, Any], index: int, i: int) -> None:
-    """Check that a DTensor's gradient is placed as it is.
+def bring_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Bring the gradients of DTensors to where these lie.
 
     Raises:
-        RuntimeError: it is a plain tensor, or placed otherwise; a sum over ranks may be missing.
+        RuntimeError: one is a plain tensor, or on another mesh.
     """
-    if not placed_alike(grad, param):
-        placed = getattr(grad, "placements", None)
-        raise RuntimeError(
-            f"the gradient of {tensor_name(group, index, i)} is placed as {placed}, the parameter"
-            f" as {param.placements}; redistribute it: p.grad = p.grad.redistribute(placements="
-            "p.placements)"
-        )
+    if place_gradients(chain.from_iterable([group["params"] for group in groups])):
+        return
+    for index, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            if param.grad is not None and not placed_alike(param.grad, param):
+                raise RuntimeError(
+                    f"the gradient of {tensor_name(group, index, i)} is {_placed(param.grad)}, the"
+                    f" parameter is {_placed(param)}; place them alike before step(), with"
+                    " torch.distributed.tensor.distribute_tensor"
+                )
+
+
+def _placed(tensor: Any) -> str:
+    if not is_sharded(tensor):
+        return "a plain tensor"
+    return f"a DTensor placed as {tensor.placements} on {tensor.device_mesh}"
 
 
 def check_in_place(grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -203,6 +211,26 @@ def _check_alike(
                 f"{whose} {what} ({theirs}) differs from the parameter's ({ours}) for"
                 f" {tensor_name(group, index, i)}; {remedy}"
             )
+
+
+def check_work(work: Work) -> None:
+    """Check all groups before anything is planned for them."""
+    for index in range(len(work.groups)):
+        check_planned(work, index)
+
+
+def check_planned(work: Work, index: int) -> None:
+    """Check one group.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as the checks above; nothing has been changed.
+    """
+    group = work.groups[index]
+    units = work.needs_units(group)
+    check_group(group, index, units=units)
+    if units:
+        check_gradients(group, index, work.name, work.nonfinite)
+    check_shapes(group, index, work.rule.kernel.states(group), work.state)
 
 
 def check_loaded(

@@ -83,6 +83,7 @@ def _sum_part(
     tile_ptr,
     tensors_ptr,
     sums_ptr,
+    own_ptr,
     n_tensors,
     P_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
@@ -91,30 +92,35 @@ def _sum_part(
     VECTOR: tl.constexpr,
     STRIDED: tl.constexpr,
 ):
-    """Sums of squares of p and g over one span of a long unit, into a pair of its own."""
+    """Sums of squares of p and g over one span of a unit, into a pair of its own.
+
+    It is one of ``own_ptr``'s, which go over ranks, where that span is all of the unit here.
+    """
     tensor, offset, start = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     fields = tensors_ptr + tensor * TENSOR_FIELDS
     length, inner, stride = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
     end = tl.minimum(start + tl.load(fields + 4), length)
-    sums_ptr += 2 * tl.load(tile_ptr + 4)
     inverse = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
     p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, P_DTYPE, VECTOR)
     g_address = tl.load(addresses_ptr + GRAD * n_tensors + tensor)
     g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, G_DTYPE, VECTOR)
     p_squares = tl.zeros((1, COLUMNS), COMPUTE)
     g_squares = tl.zeros((1, COLUMNS), COMPUTE)
-    while (start < end) & (g_address != 0):
+    while start < end:
         start = tl.multiple_of(start, VECTOR)
         column = start + tl.arange(0, COLUMNS)[None, :]
         mask = column < tl.multiple_of(end, VECTOR)
         at = element(column, inner, stride, STRIDED)
         p = tl.load(p_ptr + at, mask=mask, other=0.0).to(COMPUTE)
-        g = tl.load(g_ptr + at, mask=mask, other=0.0).to(COMPUTE) * inverse
+        # Without a gradient here there may be one on another rank.
+        g = tl.load(g_ptr + at, mask=mask & (g_address != 0), other=0.0).to(COMPUTE) * inverse
         p_squares += p * p
         g_squares += g * g
         start += COLUMNS
     p_sum, g_sum = sum_pairs(p_squares, g_squares)
-    pair = tl.arange(0, 1)
+    pair = 2 * tl.load(tile_ptr + 4) + tl.arange(0, 1)
+    if tl.load(tile_ptr + 3) == 1:
+        sums_ptr = own_ptr
     tl.store(sums_ptr + pair, p_sum)
     tl.store(sums_ptr + 1 + pair, g_sum)
 
@@ -130,6 +136,7 @@ def begin(
     prepared_ptr,
     tiles_ptr,
     sums_ptr,
+    own_ptr,
     n_tensors,
     n_prepare,
     PREPARE: tl.constexpr,
@@ -167,6 +174,7 @@ def begin(
             tiles_ptr + (tl.program_id(0) - n_prepare).to(tl.int64) * TILE_FIELDS,
             tensors_ptr,
             sums_ptr,
+            own_ptr,
             n_tensors,
             P_DTYPE,
             G_DTYPE,

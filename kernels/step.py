@@ -70,6 +70,7 @@ def step(
     VECTOR: tl.constexpr,
     STRIDED: tl.constexpr,
     SPLIT: tl.constexpr,
+    ACROSS: tl.constexpr,
     PARTS: tl.constexpr,
     PREFETCH: tl.constexpr,
     SKIP: tl.constexpr,
@@ -79,6 +80,8 @@ def step(
     LAST: tl.constexpr,
 ):
     """One tile: ``ROWS`` whole units of up to ``CHUNKS * COLUMNS`` elements, or a part of one.
+
+    With ``ACROSS`` the units are split between ranks, and ``sums_ptr`` is what these added up.
 
     p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
     result. ``SKIP`` leaves units alone whose gradient's norm is not finite, and counts them.
@@ -145,7 +148,7 @@ def step(
             at = rows + column
         p, g = _load(p_ptr + at, mask, STREAM), _load(g_ptr + at, mask, STREAM)
         ps, gs, ats, masks = ps + (p,), gs + (g,), ats + (at,), masks + (mask,)
-        if not SPLIT:
+        if not SPLIT and not ACROSS:
             p_squares += p.to(COMPUTE) * p.to(COMPUTE)
             unscaled = g.to(COMPUTE) * inverse
             g_squares += unscaled * unscaled
@@ -156,7 +159,12 @@ def step(
         for s in tl.static_range(N_STATES):
             prefetched = prefetched + (_load(state_ptrs[s] + ats[k], masks[k], STREAM),)
 
-    if SPLIT:
+    if ACROSS:
+        unit = tl.arange(0, ROWS)
+        pair_ptr = sums_ptr + 2 * (tl.load(tile_ptr + 4) + unit)
+        p_sum = tl.load(pair_ptr, mask=unit < units, other=0.0)
+        g_sum = tl.load(pair_ptr + 1, mask=unit < units, other=0.0)
+    elif SPLIT:
         part = tl.arange(0, PARTS)[None, :]
         span = tl.load(fields + 4)
         part_ptr = sums_ptr + 2 * (tl.load(tile_ptr + 4) + part)

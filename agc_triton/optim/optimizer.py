@@ -161,7 +161,8 @@ class AGCOptimizer(Optimizer):
     def skipped_units(self) -> int:
         """Units left alone since this object was made; reading it waits for the device.
 
-        Always 0 but with ``nonfinite="skip_unit"``. A step that GradScaler skips counts none.
+        Always 0 but with ``nonfinite="skip_unit"``. A step that GradScaler skips counts none. Of
+        sharded parameters each rank counts the units of which it holds a part.
         """
         return self._paths.skipped.total()
 
@@ -169,8 +170,9 @@ class AGCOptimizer(Optimizer):
         """What a step does: a row per launch, or per reason why torch does it, and a total.
 
         ``class`` is "begin" for the launch that prepares a step, "rows" for programs of several
-        units, "registers" for one unit each, "split" for parts of longer ones. Parameters count
-        with or without a gradient.
+        units, "registers" for one unit each, "split" for parts of longer ones; "shared" where
+        ranks share the units, whose sums an "all-reduce" adds up, and a "fold" before it where one
+        rank's part is long. Parameters count with or without a gradient.
 
         Args:
             bandwidth: bytes per second of the device's memory, for the floor in ms; the default is

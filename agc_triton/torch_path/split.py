@@ -1,124 +1,197 @@
-"""Units that are split between ranks: local sums of squares, one all-reduce, torch's own update."""
+"""Units that are split between ranks: their sums for an exchange, and torch's update after it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from agc_triton.norms import Clip, clip_factors, norm_dtype, norms_over
-from agc_triton.rule import Rule, TensorLists
-from agc_triton.sharded import local, process_groups, split_dims
-from agc_triton.units import unfolded
+from agc_triton.exchange import Exchange, Pool
+from agc_triton.nonfinite import update_others
+from agc_triton.norms import ONE, Clip, clip_factors, norms_over
+from agc_triton.rule import Rule, TensorLists, Update, pick
+from agc_triton.sharded import axes_here, local, locals_of
+from agc_triton.snapshot import Look
+from agc_triton.torch_path.step import count_steps, counted_update
+from agc_triton.units import UnitDim, unfolded
 
 
-class SplitParam(NamedTuple):
-    """A DTensor whose units are split along some dimensions of its mesh."""
-
-    param: Tensor
-    mesh_dims: tuple[int, ...]
-    clip: Clip
-
-
-class SplitLists(NamedTuple):
-    """Those of a parameter group that have a gradient, and their local tensors."""
-
-    params: list[Tensor]
-    lists: TensorLists
-    group: Mapping[str, Any]
-    clip: Clip
-
-
-class Sums(NamedTuple):
-    """Where the sums of one tensor's units lie in a buffer: those of p, then those of g."""
-
-    buffer: Any
-    start: int
-    units: int
-    shape: list[int]
-
-
-class SplitStep:
-    """One step of all parameters whose units are split, in two beats.
+class SplitPlan:
+    """The parameters of a group whose units are split, and where their sums go.
 
     Args:
-        rule: torch's update.
-        grad_scale: divides the gradients first.
+        params: DTensors, all of which have a place in ``exchange``; with a gradient or without.
+        exchange: where sums are added up.
+        unit_dim: the group's.
     """
 
-    def __init__(self, rule: Rule, grad_scale: Tensor | None) -> None:
-        self._rule, self._scale = rule, grad_scale
-        self._params: list[SplitParam] = []
-        self._split: list[SplitLists] = []
-        self._waiting: list[Any] = []
-        self._buffers: dict[Any, Tensor] = {}
-        self._sums: dict[int, Sums] = {}
+    def __init__(self, params: Sequence[Tensor], exchange: Exchange, unit_dim: UnitDim) -> None:
+        by_pool: defaultdict[int, list[int]] = defaultdict(list)
+        pools: dict[int, Pool] = {}
+        for i, param in enumerate(params):
+            place = exchange.place(param)
+            assert place is not None
+            if local(param).numel():  # the sums of what is empty stay 0
+                by_pool[id(place.pool)].append(i)
+                pools[id(place.pool)] = place.pool
+        self._members = [
+            PoolMembers(members, params, pools[key], exchange, unit_dim)
+            for key, members in by_pool.items()
+        ]
 
-    def add(self, params: Sequence[Tensor], clip: Clip) -> None:
-        """Sum over those of a group that are split, with a gradient here or not.
+    @staticmethod
+    def look(params: Sequence[Tensor], exchange: Exchange, unit_dim: UnitDim) -> Look:
+        """What it was made for, gradients included."""
+        there = [p.grad for p in params if p.grad is not None]
+        key = list(map(id, params)), len(there), id(exchange), unit_dim
+        return Look(key, [], locals_of([*params, *there]), [])
 
-        Every rank has to sum as many units, in the order of the groups.
-        """
-        for param in params:
-            mesh_dims = split_dims(param, clip.unit_dim)
-            assert mesh_dims is not None
-            self._params.append(SplitParam(param, mesh_dims, clip))
+    def begin(self, params: Sequence[Tensor], grad_scale: Tensor | None) -> None:
+        """Sum the squares of parameters and unscaled gradients here, unit by unit."""
+        for members in self._members:
+            members.sum(params, grad_scale)
 
-    def update_later(self, lists: TensorLists, group: Mapping[str, Any], clip: Clip) -> None:
-        """Update these, DTensors all, once their sums are there."""
-        here = [i for i, param in enumerate(lists.params) if local(param).numel()]
-        if here:
-            lists = lists.select(here)
-            self._split.append(SplitLists(lists.params, lists.local(), group, clip))
+    def factors(
+        self, params: Sequence[Tensor], clip: Clip, grad_scale: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Factors by the parameter's id, which broadcast; they divide by ``grad_scale`` as well."""
+        found: dict[int, Tensor] = {}
+        for members in self._members:
+            found |= members.factors(params, clip, grad_scale)
+        return found
 
-    def begin(self) -> None:
-        """Sum the squares of parameters and gradients of each unit here, and start adding up."""
-        squares: defaultdict[Any, list[Tensor]] = defaultdict(list)
-        groups: dict[Any, list[Any]] = {}
-        for param, mesh_dims, clip in self._params:
-            p = local(param)
-            key = id(param.device_mesh), mesh_dims, p.device, norm_dtype(p.dtype)  # type: ignore[attr-defined]  # DTensor's
-            groups[key] = process_groups(param, mesh_dims)
-            dims = unfolded(param.shape, clip.unit_dim)[1]
-            of_p = norms_over(p, dims).square()
-            of_g = torch.zeros_like(of_p)
-            if param.grad is not None:
-                of_g = norms_over(self._unscaled(local(param.grad)), dims).square()
-            start = sum(part.numel() for part in squares[key])
-            self._sums[id(param)] = Sums(key, start, of_p.numel(), list(of_p.shape))
-            squares[key] += [of_p.flatten(), of_g.flatten()]
-        for key, parts in squares.items():
-            self._buffers[key] = torch.cat(parts)
-            self._add_up(self._buffers[key], groups[key])
 
-    def update(self) -> None:
-        """Wait for the sums, clip and update."""
-        for work in self._waiting:
-            work.wait()
-        for params, lists, group, clip in self._split:
-            grads = [
-                self._clipped(param, grad, clip)
-                for param, grad in zip(params, lists.grads, strict=True)
-            ]
-            self._rule.update(lists._replace(grads=grads), group)
+class PoolMembers:
+    """Those of one pool, in the order of its calls: single units first."""
 
-    def _add_up(self, buffer: Tensor, groups: list[Any]) -> None:
-        """Over the ranks of each group; of several the last is not waited for yet."""
-        import torch.distributed as dist
+    def __init__(
+        self,
+        members: list[int],
+        params: Sequence[Tensor],
+        pool: Pool,
+        exchange: Exchange,
+        unit_dim: UnitDim,
+    ) -> None:
+        self._pool = pool
+        # All of a real tensor is one unit: one call for all of these.
+        ones = [i for i in members if not axes_here(params[i], unit_dim)]
+        ones = [i for i in ones if not params[i].is_complex()]
+        self._ones, self._many = ones, [i for i in members if i not in ones]
+        self._dims = [unfolded(params[i].shape, unit_dim)[1] for i in self._many]
+        self._sizes, self._shapes = [], list[tuple[int, ...]]()
+        rows: list[int] = []
+        for i in [*self._ones, *self._many]:
+            place = exchange.place(params[i])
+            assert place is not None
+            rows += range(place.first, place.first + place.units)
+            self._sizes.append(place.units)
+        for i, dims in zip(self._many, self._dims, strict=True):
+            shape = local(params[i]).shape
+            self._shapes.append(tuple(1 if d in dims else n for d, n in enumerate(shape)))
+        self._rows = torch.tensor(rows, device=pool.own.device)
 
-        for group in groups:
-            for work in self._waiting[-1:] if group is not groups[0] else ():
-                work.wait()
-            self._waiting.append(dist.all_reduce(buffer, group=group, async_op=True))
+    def sum(self, params: Sequence[Tensor], grad_scale: Tensor | None) -> None:
+        """Into the pool's own rows."""
+        p_norms = self._norms(locals_of(params))
+        g_norms = self._norms([None if p.grad is None else local(p.grad) for p in params])
+        if grad_scale is not None:
+            g_norms = g_norms / grad_scale.to(g_norms)
+        self._pool.own.index_copy_(0, self._rows, torch.stack([p_norms, g_norms], 1).square_())
 
-    def _unscaled(self, grad: Tensor) -> Tensor:
-        return grad if self._scale is None else grad / self._scale.to(grad.device)
+    def factors(
+        self, params: Sequence[Tensor], clip: Clip, grad_scale: Tensor | None
+    ) -> dict[int, Tensor]:
+        """As `SplitPlan.factors`."""
+        p_norms, g_norms = self._pool.total.index_select(0, self._rows).sqrt_().unbind(1)
+        factors = clip_factors(p_norms.contiguous(), g_norms.contiguous(), clip)
+        if grad_scale is not None:
+            factors = factors / grad_scale.to(factors)
+        parts = torch.split(factors, self._sizes)
+        n = len(self._ones)
+        shaped = zip(parts[n:], self._shapes, strict=True)
+        own = [*parts[:n], *(part.view(shape) for part, shape in shaped)]
+        return {id(params[i]): part for i, part in zip(self._ones + self._many, own, strict=True)}
 
-    def _clipped(self, param: Tensor, grad: Tensor, clip: Clip) -> Tensor:
-        key, start, units, shape = self._sums[id(param)]
-        of_both = self._buffers[key][start : start + 2 * units]
-        p_norm, g_norm = (sums.sqrt().view(shape) for sums in (of_both[:units], of_both[units:]))
-        return (self._unscaled(grad) * clip_factors(p_norm, g_norm, clip)).to(grad.dtype)
+    def _norms(self, tensors: Sequence[Any]) -> Tensor:
+        """A norm per unit; 0 where there is no gradient."""
+        dtype, device = self._pool.own.dtype, self._pool.own.device
+        ones = [tensors[i] for i in self._ones]
+        there = [tensor for tensor in ones if tensor is not None]
+        each = iter(torch._foreach_norm(there, 2, dtype=dtype) if there else ())
+        zero = torch.zeros((), dtype=dtype, device=device)
+        found = [zero if tensor is None else next(each) for tensor in ones]
+        parts = [torch.stack(found)] if found else []
+        sizes = self._sizes[len(ones) :]
+        for i, dims, size in zip(self._many, self._dims, sizes, strict=True):
+            tensor = tensors[i]
+            norms = zero.expand(size) if tensor is None else norms_over(tensor, dims).flatten()
+            parts.append(norms)
+        return torch.cat(parts)
+
+
+def prepare_split(
+    rule: Rule,
+    lists: TensorLists,
+    group: Mapping[str, Any],
+    clip: Clip,
+    factors: Callable[[], Mapping[int, Tensor]],
+) -> Callable[[], None]:
+    """What clips and updates what lies here of a group's split parameters, DTensors all.
+
+    ``factors`` gives theirs once their sums are there.
+    """
+    keys, lists = list(map(id, lists.params)), lists.local()
+    by_dtype: defaultdict[Any, list[int]] = defaultdict(list)
+    for i, param in enumerate(lists.params):
+        by_dtype[param.dtype, param.device].append(i)
+    updates = [(at, _update_of(rule, group, lists.select(at))) for at in by_dtype.values()]
+
+    def update() -> None:
+        found = factors()
+        own = [found.get(key, ONE) for key in keys]  # what is empty here has no factors
+        for indices, update_some in updates:
+            _clip_and_update(update_some, lists.select(indices), pick(indices, own), clip)
+
+    return update
+
+
+def _update_of(rule: Rule, group: Mapping[str, Any], lists: TensorLists) -> Update:
+    """Torch's fused kernels where they can walk all of it, else what torch.optim would call."""
+    if lists.params[0].device.type != "cpu":
+        return lambda clipped: rule.update(clipped, group)
+    tensors = chain(lists.params, lists.grads, *lists.states)
+    if not all(map(Tensor.is_contiguous, tensors)):
+        options = {**group, "fused": False}
+        return lambda clipped: rule.update(clipped, options)
+    counted = counted_update(rule, group, lists.params[0].dtype)
+
+    def update(clipped: TensorLists) -> None:
+        count_steps(clipped.steps)
+        counted(clipped)
+
+    return update
+
+
+def _clip_and_update(
+    update: Update, lists: TensorLists, factors: Sequence[Tensor], clip: Clip
+) -> None:
+    bad: list[Tensor] = []
+    grads = lists.grads
+    if clip.skipped is not None:
+        bad = [factor.isnan() for factor in factors]
+        # Without NaN there is none in what torch makes of the update either.
+        grads = [g.masked_fill(skip, 0.0) for g, skip in zip(grads, bad, strict=True)]
+        factors = [factor.nan_to_num(1.0) for factor in factors]
+    if factors[0].dtype == grads[0].dtype:
+        grads = list(torch._foreach_mul(grads, list(factors)))
+    else:
+        grads = [(g * f).to(g.dtype) for g, f in zip(grads, factors, strict=True)]
+    lists = lists._replace(grads=grads)
+    if clip.skipped is None:
+        update(lists)
+    else:
+        update_others(update, lists, bad)

@@ -17,6 +17,7 @@ from torch import Tensor
 from agc_triton.nonfinite import SavedUnits, update_others
 from agc_triton.norms import ONE, Clip, clip_factors, spread, unit_norms
 from agc_triton.rule import Rule, TensorLists, Update, pick
+from agc_triton.sharded import Kind, local
 from agc_triton.torch_path.blocks import Block, blocks, largest_room
 from agc_triton.torch_path.plan import BlockList, BlockPlan
 from agc_triton.torch_path.scratch import Scratch
@@ -24,7 +25,7 @@ from agc_triton.torch_path.slices import DenseView, Tensors, dense_view
 from agc_triton.versions import count_writes
 
 
-def prepare(
+def prepare_group(
     rule: Rule,
     plan: BlockPlan,
     lists: TensorLists,
@@ -40,7 +41,7 @@ def prepare(
     """
     if clip is None:
         return partial(_step_unclipped, rule, lists, group, grad_scale, found_inf)
-    updates = [_counted_update(rule, group, listed.dtype) for listed in plan.block_lists]
+    updates = [counted_update(rule, group, listed.dtype) for listed in plan.block_lists]
 
     def update() -> None:
         for listed, of_dtype in zip(plan.block_lists, updates, strict=True):
@@ -67,9 +68,17 @@ def _step_unclipped(
     rule.update(lists, group, **scaler)
 
 
-def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
-    """Scale dense gradients in place; a unit at or under its limit keeps its bits."""
+def clip_grads_(params: Sequence[Tensor], clip: Clip, kinds: Mapping[int, Kind]) -> None:
+    """Scale dense gradients in place; a unit at or under its limit keeps its bits.
+
+    ``kinds`` are those of DTensors by their id; of whole units what lies here is clipped.
+    """
+    keep = [kinds.get(id(param)) is Kind.OTHER for param in params]
     grads: list[Any] = [param.grad for param in params]
+    params, grads = (
+        [t if stays else local(t) for t, stays in zip(role, keep, strict=True)]
+        for role in (params, grads)
+    )
     by_dtype: defaultdict[torch.dtype, dict[int, DenseView]] = defaultdict(dict)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         view = dense_view(param, [grad], clip.unit_dim)
@@ -86,7 +95,7 @@ def clip_grads_(params: Sequence[Tensor], clip: Clip) -> None:
                 block.scale_(target.states[0], factors)
 
 
-def _count(steps: list[Tensor]) -> None:
+def count_steps(steps: list[Tensor]) -> None:
     """Add 1 to step counts, which other tools may keep as integers."""
     if not steps:
         return
@@ -96,7 +105,7 @@ def _count(steps: list[Tensor]) -> None:
     torch._foreach_add_(steps, one, alpha=1)
 
 
-def _counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
+def counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
     """The update of steps counted already: torch's fused kernels unless the user chose others."""
     fused = group.get("fused")
     if fused is None and group.get("foreach") is None:
@@ -126,7 +135,7 @@ def _step_blocks(
     for block, (grads, targets) in zip(listed.blocks, bound, strict=True):
         factors = block.factors(grads, clip, grad_scale, scratch)
         if not counted:  # what interrupts the first norms leaves no step counted
-            _count(pick(listed.indices, lists.steps))
+            count_steps(pick(listed.indices, lists.steps))
             count_writes(pick(listed.indices, lists.params))
             counted = True
         for theirs, target in targets:

@@ -11,15 +11,26 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from agc_triton.kernels import abi
+from agc_triton.triton_path.tiles import (
+    NO_FOLDS,
+    NO_TILES,
+    Table,
+    fields_of,
+    split_tiles,
+    sum_tables,
+    whole_tiles,
+)
 from agc_triton.units import UnitLayout
-
-Table = npt.NDArray[np.int64]
 
 # Launches that update parameters, per step; `begin` and a copy of the tables come before them.
 MAX_BUCKETS = 4
+# The same for units that are split between ranks; `fold` comes before them.
+MAX_BUCKETS_ACROSS = 2
+
+# Elements of a unit that is split between ranks which one program sums; more are several parts.
+ACROSS_SPAN = 1 << 16
 
 # What one more launch costs, in elements: ~3 us at ~3 TB/s and 28 bytes per element.
 LAUNCH_ELEMENTS = 300_000
@@ -37,20 +48,19 @@ SPLIT_WARPS = 16
 # By bytes per element: 4 chunks of 16-bit elements spill up to 176 bytes.
 SPLIT_CHUNKS = {2: 2, 4: 4, 8: 4}
 
-# A long unit is summed in at most this many parts, which one block of every tile adds up again.
-MAX_PARTS = 1024
-
 
 class TensorUnits(NamedTuple):
     """What planning needs to know of one tensor.
 
     ``layout`` counts real elements (a complex one is two); ``aligned`` says that as many elements
-    of every role as are 16 bytes of the parameter can be read in one access.
+    of every role as are 16 bytes of the parameter can be read in one access. ``pair`` is the place
+    of its first unit's sums in an exchange between ranks, None where its units are whole.
     """
 
     layout: UnitLayout
     aligned: bool
     group: int
+    pair: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class TileShape:
 
     A program holds ``rows`` units of up to ``chunks * columns`` elements in registers, or, if
     ``split``, that many elements of one longer unit. ``vector`` elements are read per access.
+    ``across`` where the units are split between ranks, whose sums are known beforehand.
     """
 
     rows: int
@@ -68,6 +79,12 @@ class TileShape:
     vector: int
     strided: bool
     split: bool
+    across: bool = False
+
+    @property
+    def summed(self) -> bool:
+        """Whether `begin` sums its units."""
+        return self.split or self.across
 
     @property
     def capacity(self) -> int:
@@ -86,8 +103,8 @@ class Bucket:
     tiles: Table
 
     def bytes_moved(self, itemsize: int, states: int) -> int:
-        """Bytes per step: p, g and states read, p and states written; split p and g read twice."""
-        accesses = (2 + states) + (1 + states) + (2 if self.shape.split else 0)
+        """Bytes per step: p, g and states read, p and states written; p and g twice if summed."""
+        accesses = (2 + states) + (1 + states) + (2 if self.shape.summed else 0)
         return self.elements * accesses * itemsize
 
 
@@ -95,24 +112,26 @@ class Bucket:
 class BucketPlan:
     """All launches of one step over tensors of one dtype, flags and device.
 
-    ``fields`` has one row per tensor; ``parts`` one row per program that sums a part of a long
-    unit, whose results go to ``sums`` pairs of partial sums.
+    ``fields`` has one row per tensor; ``parts`` one row per program that sums a part of a unit,
+    whose results go to ``sums`` pairs of partial sums, or to an exchange between ranks; ``folds``
+    one row per unit that is split between ranks and has several parts here.
     """
 
     buckets: tuple[Bucket, ...]
     fields: Table
     parts: Table
+    folds: Table
     sums: int
 
     @property
     def parts_vector(self) -> int:
-        """Elements per access when parts are summed: what all split buckets can do."""
-        return min((b.shape.vector for b in self.buckets if b.shape.split), default=1)
+        """Elements per access when parts are summed: what all those buckets can do."""
+        return min((b.shape.vector for b in self.buckets if b.shape.summed), default=1)
 
     @property
     def parts_strided(self) -> bool:
         """Whether any part belongs to a strided unit."""
-        return any(b.shape.strided for b in self.buckets if b.shape.split)
+        return any(b.shape.strided for b in self.buckets if b.shape.summed)
 
 
 def plan_buckets(
@@ -120,44 +139,58 @@ def plan_buckets(
 ) -> BucketPlan:
     """Assign every tensor to one of at most `MAX_BUCKETS` buckets and lay out the tiles.
 
+    Units that are split between ranks have buckets of their own, the last.
+
     Args:
         tensors: in the order of the address tables; none is empty.
         itemsize: bytes per real element of a parameter (2, 4 or 8).
         states: state tensors per parameter.
         first_unit: number of the first tensor's first unit; the others follow tensor by tensor.
     """
-    chosen: dict[TileShape, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        chosen.setdefault(ideal_shape(tensor, itemsize, states), []).append(i)
-    chosen = _merge(chosen, tensors)
+    chosen = _choose(tensors, itemsize, states)
     split_span = _split_shape(itemsize, True, False).capacity
     unit_of = np.cumsum([first_unit, *(t.layout.n_units for t in tensors)]).tolist()
-    fields = np.array([_fields(t, split_span) for t in tensors], np.int64)
+    spans = [split_span if t.pair is None else max(split_span, ACROSS_SPAN) for t in tensors]
+    given = zip(tensors, spans, strict=True)
+    fields = np.array([fields_of(t.layout, t.group, span) for t, span in given], np.int64)
     fields = fields.reshape(-1, abi.TENSOR_FIELDS)
     buckets = []
-    parts: list[Table] = []
+    parts, folds = [NO_TILES], [NO_FOLDS]
     sums = 0
-    for shape, members in sorted(chosen.items(), key=lambda item: item[0].capacity):
+    for shape, members in chosen:
         tiles = []
         for i in members:
-            layout, span = tensors[i].layout, int(fields[i, 4])
+            layout, pair, unit = tensors[i].layout, tensors[i].pair, unit_of[i]
             if shape.split:
-                tiles.append(_split_tiles(i, layout, shape.capacity, unit_of[i]))
-                parts.append(_split_tiles(i, layout, span, unit_of[i]))
-                per_unit = -(-layout.length // span)
-                tiles[-1][:, 4] = sums + (tiles[-1][:, 3] - unit_of[i]) * per_unit
-                parts[-1][:, 4] = sums + np.arange(len(parts[-1]))
-                sums += len(parts[-1])
+                tiles.append(split_tiles(i, layout, shape.capacity, unit))
             else:
-                tiles.append(_whole_tiles(i, layout, shape.rows, unit_of[i]))
+                tiles.append(whole_tiles(i, layout, shape.rows, unit))
+            if shape.summed:
+                summed = sum_tables(i, layout, pair, int(fields[i, 4]), sums)
+                parts.append(summed.parts)
+                folds.append(summed.folds)
+                sums += summed.sums
+                tiles[-1][:, 4] = summed.pairs[tiles[-1][:, 3] - unit]
         layouts = [tensors[i].layout for i in members]
         units = sum(layout.n_units for layout in layouts)
         elements = sum(layout.n_units * layout.length for layout in layouts)
         buckets.append(Bucket(shape, tuple(members), units, elements, np.concatenate(tiles)))
-    return BucketPlan(tuple(buckets), fields, np.concatenate([*parts, _NO_TILES]), sums)
+    return BucketPlan(tuple(buckets), fields, np.concatenate(parts), np.concatenate(folds), sums)
 
 
-_NO_TILES = np.empty((0, abi.TILE_FIELDS), np.int64)
+def _choose(
+    tensors: Sequence[TensorUnits], itemsize: int, states: int
+) -> list[tuple[TileShape, list[int]]]:
+    """Tile shapes and the tensors in each; what is split between ranks comes last."""
+    found = []
+    for across, limit in ((False, MAX_BUCKETS), (True, MAX_BUCKETS_ACROSS)):
+        chosen: dict[TileShape, list[int]] = {}
+        for i, tensor in enumerate(tensors):
+            if (tensor.pair is not None) is across:
+                chosen.setdefault(ideal_shape(tensor, itemsize, states), []).append(i)
+        merged = _merge(chosen, tensors, limit)
+        found += sorted(merged.items(), key=lambda item: item[0].capacity)
+    return found
 
 
 def ideal_shape(tensor: TensorUnits, itemsize: int, states: int) -> TileShape:
@@ -166,22 +199,22 @@ def ideal_shape(tensor: TensorUnits, itemsize: int, states: int) -> TileShape:
     Registers hold a whole unit: the fewest warps whose chunks of 16 bytes per thread number at
     most `MAX_CHUNKS`; shorter units go several to a program, longer ones are split.
     """
-    layout, wide = tensor.layout, 16 // itemsize
+    layout, wide, across = tensor.layout, 16 // itemsize, tensor.pair is not None
     strided = layout.outer > 1
     length = layout.length
     aligned = tensor.aligned and not strided and length % wide == 0
     vector = wide if aligned else 1
     if length <= 32 * wide:
         columns = 1 << max(length - 1, wide - 1).bit_length()
-        return TileShape(128 * wide // columns, columns, 1, 4, vector, strided, False)
+        return TileShape(128 * wide // columns, columns, 1, 4, vector, strided, False, across)
     warps = 1
     while warps <= MAX_WARPS:
         columns = 32 * wide * warps
         chunks = -(-length // columns)
         if _in_registers(length, columns, itemsize, warps, states):
-            return TileShape(1, columns, chunks, warps, vector, strided, False)
+            return TileShape(1, columns, chunks, warps, vector, strided, False, across)
         warps *= 2
-    return _split_shape(itemsize, aligned, strided)
+    return _split_shape(itemsize, aligned, strided, across)
 
 
 def _in_registers(length: int, columns: int, itemsize: int, warps: int, states: int) -> bool:
@@ -197,10 +230,11 @@ def _in_registers(length: int, columns: int, itemsize: int, warps: int, states: 
     return chunks <= MAX_CHUNKS[itemsize] and (itemsize, warps, chunks) not in SPILLING
 
 
-def _split_shape(itemsize: int, aligned: bool, strided: bool) -> TileShape:
+def _split_shape(itemsize: int, aligned: bool, strided: bool, across: bool = False) -> TileShape:
     wide = 16 // itemsize
     columns, chunks = 32 * wide * SPLIT_WARPS, SPLIT_CHUNKS[itemsize]
-    return TileShape(1, columns, chunks, SPLIT_WARPS, wide if aligned else 1, strided, True)
+    vector = wide if aligned else 1
+    return TileShape(1, columns, chunks, SPLIT_WARPS, vector, strided, True, across)
 
 
 def _hosts(host: TileShape, shape: TileShape) -> bool:
@@ -222,7 +256,7 @@ def _cost(host: TileShape, members: list[int], tensors: Sequence[TensorUnits]) -
 
 
 def _merge(
-    chosen: dict[TileShape, list[int]], tensors: Sequence[TensorUnits]
+    chosen: dict[TileShape, list[int]], tensors: Sequence[TensorUnits], limit: int
 ) -> dict[TileShape, list[int]]:
     """Move whole buckets into others while that saves time or there are too many of them."""
     chosen = {shape: list(members) for shape, members in chosen.items()}
@@ -237,47 +271,8 @@ def _merge(
         if not moves:  # one bucket each for aligned, unaligned and strided units at the most
             break
         extra, _, _, shape, host = min(moves, key=lambda move: move[:3])
-        if extra > LAUNCH_ELEMENTS and len(chosen) <= MAX_BUCKETS:
+        if extra > LAUNCH_ELEMENTS and len(chosen) <= limit:
             break
         chosen.setdefault(host, []).extend(chosen.pop(shape))
         costs[host] = _cost(host, chosen[host], tensors)
     return {shape: sorted(members) for shape, members in chosen.items()}
-
-
-def _fields(tensor: TensorUnits, split_capacity: int) -> tuple[int, int, int, int, int]:
-    """A tensor's row (see kernels/abi.py)."""
-    _, outer, units, inner = tensor.layout
-    length = outer * inner
-    span = -(-length // (MAX_PARTS * split_capacity)) * split_capacity
-    return length, inner, units * inner, tensor.group, span
-
-
-def _offsets(layout: UnitLayout) -> Table:
-    """Where each unit begins, by its number in the tensor."""
-    batch, outer, units, inner = layout
-    starts = np.arange(batch, dtype=np.int64)[:, None] * (outer * units * inner)
-    return (starts + np.arange(units, dtype=np.int64) * inner).reshape(-1)
-
-
-def _whole_tiles(i: int, layout: UnitLayout, rows: int, first_unit: int) -> Table:
-    """Tiles of up to ``rows`` units, which lie at equal distances."""
-    first = np.arange(0, layout.units, rows, dtype=np.int64)
-    unit = (np.arange(layout.batch, dtype=np.int64)[:, None] * layout.units + first).reshape(-1)
-    tiles = np.zeros((len(unit), abi.TILE_FIELDS), np.int64)
-    tiles[:, 0] = i
-    tiles[:, 1] = _offsets(layout)[unit]
-    tiles[:, 2] = np.tile(np.minimum(rows, layout.units - first), layout.batch)
-    tiles[:, 3] = first_unit + unit
-    return tiles
-
-
-def _split_tiles(i: int, layout: UnitLayout, width: int, first_unit: int) -> Table:
-    """Tiles of ``width`` columns of one unit, without where their sums lie."""
-    starts = np.arange(0, layout.length, width, dtype=np.int64)
-    unit = np.repeat(np.arange(layout.n_units, dtype=np.int64), len(starts))
-    tiles = np.zeros((len(unit), abi.TILE_FIELDS), np.int64)
-    tiles[:, 0] = i
-    tiles[:, 1] = _offsets(layout)[unit]
-    tiles[:, 2] = np.tile(starts, layout.n_units)
-    tiles[:, 3] = first_unit + unit
-    return tiles

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agc_triton.sharded import local, placed_alike
+from agc_triton.sharded import locals_of
 from agc_triton.snapshot import Layouts
 from agc_triton.units import memory_order
 
@@ -37,10 +37,7 @@ class Gradients:
         self._copies = []  # an interrupted step leaves its own
         grads: list[Any] = list(map(_grad, params))
         if self._sharded:
-            if not all(g is None or placed_alike(g, p) for g, p in zip(grads, params, strict=True)):
-                return None
-            grads = [None if grad is None else local(grad) for grad in grads]
-            params = list(map(local, params))
+            grads, params = locals_of(grads), locals_of(params)
         if self._layouts.fit(grads):
             return list(map(Tensor.data_ptr, grads))
         return self._read_each(params, grads)

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agc_triton.exchange import Place
 from agc_triton.kernels import abi
 from agc_triton.norms import Clip
 from agc_triton.rule import KernelRule, number
-from agc_triton.sharded import is_sharded, local
+from agc_triton.sharded import is_sharded, layout_here, locals_of
 from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
 from agc_triton.triton_path.gradients import Gradients
 from agc_triton.triton_path.launches import Kernel, StepLauncher
 from agc_triton.triton_path.tables import Tables
-from agc_triton.units import UnitDim, UnitLayout, memory_order, unit_layout
+from agc_triton.units import UnitDim, UnitLayout
 from agc_triton.validation import check_options
 
 # A change of one of these asks for another plan, not for another value in the tables.
@@ -37,7 +38,7 @@ class Member(NamedTuple):
     """One parameter of a plan, or the DTensor whose local tensor is one; states are local.
 
     ``layout`` is that of its real elements, ``group`` its group's index; scalars and states are in
-    the rule's order.
+    the rule's order. ``place`` is where its units are added up, if ranks share them.
     """
 
     param: Tensor
@@ -45,6 +46,7 @@ class Member(NamedTuple):
     group: int
     scalars: tuple[Tensor, ...]
     states: tuple[Tensor, ...]
+    place: Place | None
 
 
 class GroupOptions:
@@ -99,7 +101,7 @@ class LaunchGroup:
         captured: list[Any],
     ) -> None:
         owners, options = [m.param for m in members], groups[members[0].group]
-        params = list(map(local, owners))
+        params = locals_of(owners)
         n_states, dtype = len(members[0].states), params[0].dtype.to_real()
         self.rule, self.device = rule, params[0].device
         # A captured graph goes on to count where they lie.
@@ -122,7 +124,7 @@ class LaunchGroup:
         access = np.array([param, self._grad_access, *[state] * n_states])
         self._aligned = np.all(host[read] % access[:, None] == 0, axis=0)
         units = [
-            TensorUnits(m.layout, aligned, m.group)
+            TensorUnits(m.layout, aligned, m.group, m.place and m.place.first)
             for m, aligned in zip(members, self._aligned.tolist(), strict=True)
         ]
         self.plan = plan_buckets(units, dtype.itemsize, n_states, first_unit)
@@ -130,7 +132,9 @@ class LaunchGroup:
         self._sums = torch.empty(
             2 * max(self.plan.sums, 1), dtype=kernel.compute, device=self.device
         )
-        self.launcher = StepLauncher(self.plan, kernel, self.device, self._sums, skipped)
+        pool = next((m.place.pool for m in members if m.place), None)
+        self._exchanged = pool or ()
+        self.launcher = StepLauncher(self.plan, kernel, self.device, self._sums, skipped, pool)
         self._grad_addresses = grads
         self._options = {m.group: GroupOptions(rule, groups[m.group]) for m in members}
         self._rows: dict[int, tuple[list[float], list[int]] | None] = {}
@@ -160,7 +164,7 @@ class LaunchGroup:
     def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Upload what has changed, count steps, prepare and sum."""
         if capturing:
-            kept = self.launcher, self.tables, self._scalars, dict(self._brought)
+            kept = self.launcher, self.tables, self._scalars, dict(self._brought), self._exchanged
             self._captured.append(kept)
             self._frozen = True
         elif self.device.type == "cuda":
@@ -171,8 +175,12 @@ class LaunchGroup:
         self.launcher.begin(self.tables, grad_scale, found_inf)
 
     def update(self) -> None:
-        """Clip and update."""
+        """Clip and update the units that are whole here."""
         self.launcher.update(self.tables)
+
+    def finish(self) -> None:
+        """The same for those that are split between ranks, whose totals are there."""
+        self.launcher.update_across(self.tables)
         if self.rule.writes_grad:
             self._grads.write_back()
         self._grads.drop_copies()
@@ -185,7 +193,8 @@ class LaunchGroup:
     def _record_stream(self, stream: torch.cuda.Stream) -> None:
         """Once this plan is dropped its memory is not used again before the stream has read it."""
         if stream not in self._streams:
-            for tensor in (*self.launcher.tensors, self._sums, self.tables.on_device):
+            kept = (*self.launcher.tensors, self._sums, self.tables.on_device, *self._exchanged)
+            for tensor in kept:
                 tensor.record_stream(stream)
             self._streams.add(stream)
 
@@ -246,9 +255,10 @@ class LaunchGroup:
 
 
 def kernel_layout(param: Tensor, unit_dim: UnitDim) -> UnitLayout:
-    """A dense parameter's layout in real elements: a complex one is two."""
-    order = memory_order(param)
-    assert order is not None
-    layout = unit_layout(param.shape, order, unit_dim)
+    """The layout of a dense parameter, or of what of it lies here, in real elements.
+
+    A complex one is two.
+    """
+    layout = layout_here(param, unit_dim)
     assert layout is not None
     return layout._replace(inner=2 * layout.inner) if param.is_complex() else layout

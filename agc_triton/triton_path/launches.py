@@ -9,13 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agc_triton.exchange import Pool
 from agc_triton.kernels import abi, rules
 from agc_triton.kernels.begin import begin
+from agc_triton.kernels.fold import fold
 from agc_triton.kernels.step import step
 from agc_triton.routing import interpreted
 from agc_triton.rule import KernelRule
-from agc_triton.triton_path.buckets import MAX_PARTS, BucketPlan, TileShape
+from agc_triton.triton_path.buckets import BucketPlan, TileShape
 from agc_triton.triton_path.tables import Tables
+from agc_triton.triton_path.tiles import MAX_PARTS
 
 DTYPES = {
     torch.float16: tl.float16,
@@ -31,6 +34,7 @@ MAX_REGISTERS = 64
 PREPARE_BLOCK = 128
 SUM_COLUMNS = 1024
 BEGIN_WARPS = 8
+FOLD_WARPS = 4
 
 
 class Kernel(NamedTuple):
@@ -116,6 +120,7 @@ def step_constexprs(
         "VECTOR": shape.vector,
         "STRIDED": shape.strided,
         "SPLIT": shape.split,
+        "ACROSS": shape.across,
         "PARTS": triton.next_power_of_2(MAX_PARTS),
         "PREFETCH": prefetch(shape),
         "SKIP": skip,
@@ -124,6 +129,11 @@ def step_constexprs(
         "FIRST": first,
         "LAST": last,
     }
+
+
+def fold_constexprs() -> dict[str, Any]:
+    """Compile-time arguments of `fold`."""
+    return {"PARTS": triton.next_power_of_2(MAX_PARTS)}
 
 
 def begin_constexprs(plan: BucketPlan, kernel: Kernel) -> dict[str, Any]:
@@ -201,7 +211,7 @@ class Launch:
 
 
 class StepLauncher:
-    """The launches of one step over a plan: `begin`, then `step` once per bucket.
+    """The launches of one step over a plan: `begin`, `fold`, then `step` once per bucket.
 
     Args:
         plan: the launches and their tiles.
@@ -209,6 +219,7 @@ class StepLauncher:
         device: where tables, parameters, gradients and states lie.
         sums: a pair of partial sums, of p and g, for each part of `plan`.
         skipped: counts by unit of those that were left alone; None to leave none alone.
+        pool: where units that are split between ranks are added up; None where there are none.
     """
 
     def __init__(
@@ -218,12 +229,11 @@ class StepLauncher:
         device: torch.device,
         sums: Tensor,
         skipped: Tensor | None,
+        pool: Pool | None,
     ) -> None:
         n, target = len(plan.fields), Target.of(device)
-        fields, parts, *tiles = (
-            torch.from_numpy(table).to(device)
-            for table in (plan.fields, plan.parts, *(bucket.tiles for bucket in plan.buckets))
-        )
+        tables = (plan.fields, plan.parts, plan.folds, *(bucket.tiles for bucket in plan.buckets))
+        fields, parts, folds, *tiles = (torch.from_numpy(table).to(device) for table in tables)
         row = abi.OF_RULE + kernel.rule.prepared
         prepared = torch.empty(n * row, dtype=torch.float64, device=device)
         # Stand for a grad_scale or found_inf that is not given: one `begin` serves all steps.
@@ -233,29 +243,36 @@ class StepLauncher:
         self.opening = Launch(
             begin,
             preparing + len(plan.parts),
-            (fields, prepared, parts, sums, n, preparing),
+            (fields, prepared, parts, sums, sums if pool is None else pool.own, n, preparing),
             begin_constexprs(plan, kernel),
             target.options(BEGIN_WARPS, pdl=False),
         )
-        self.tensors = [fields, parts, *tiles, prepared, self._no_scale, self._no_inf]
+        self.tensors = [fields, parts, folds, *tiles, prepared, self._no_scale, self._no_inf]
         counts = fields if skipped is None else skipped  # an int64 pointer that is not read
-        self.steps = [
-            Launch(
+        whole = [bucket for bucket in plan.buckets if not bucket.shape.across]
+        self.steps: list[Launch] = []
+        # Of units that are split between ranks; these wait for what the ranks add up.
+        self.folding: list[Launch] = []
+        self.steps_across: list[Launch] = []
+        for bucket, own in zip(plan.buckets, tiles, strict=True):
+            across, skip = bucket.shape.across, skipped is not None
+            if across:
+                assert pool is not None
+                total, on, place = pool.total, target._replace(pdl=False), (True, True)
+            else:
+                total, on, place = sums, target, (bucket is whole[0], bucket is whole[-1])
+            launch = Launch(
                 step,
                 len(bucket.tiles),
-                (own, fields, prepared, sums, counts, n),
-                step_constexprs(
-                    bucket.shape,
-                    kernel,
-                    target,
-                    skipped is not None,
-                    first=bucket is plan.buckets[0],
-                    last=bucket is plan.buckets[-1],
-                ),
-                target.options(bucket.shape.num_warps, target.pdl),
+                (own, fields, prepared, total, counts, n),
+                step_constexprs(bucket.shape, kernel, on, skip, *place),
+                on.options(bucket.shape.num_warps, on.pdl),
             )
-            for bucket, own in zip(plan.buckets, tiles, strict=True)
-        ]
+            (self.steps_across if across else self.steps).append(launch)
+        if pool is not None and len(plan.folds):
+            bound, constexprs = (sums, folds, pool.own), fold_constexprs()
+            options = target.options(FOLD_WARPS, pdl=False)
+            self.folding.append(Launch(fold, len(folds), bound, constexprs, options))
 
     def load(self, tables: Tables) -> None:
         """Compile and load all kernels, which a CUDA graph's capture would not allow.
@@ -264,16 +281,25 @@ class StepLauncher:
             RuntimeError: a kernel cannot be.
         """
         self.opening.load(*self._varying(tables, None, None))
-        for launch in self.steps:
+        for launch in self.folding:
+            launch.load()
+        for launch in self.steps + self.steps_across:
             launch.load(tables.addresses)
 
     def begin(self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Count, prepare and sum; both tensors are fp32 on the device."""
         self.opening.fire(*self._varying(tables, grad_scale, found_inf))
+        for launch in self.folding:
+            launch.fire()
 
     def update(self, tables: Tables) -> None:
-        """Clip and update."""
+        """Clip and update the units that are whole here."""
         for launch in self.steps:
+            launch.fire(tables.addresses)
+
+    def update_across(self, tables: Tables) -> None:
+        """The same for those that are split between ranks, whose totals are there."""
+        for launch in self.steps_across:
             launch.fire(tables.addresses)
 
     def _varying(

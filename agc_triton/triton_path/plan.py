@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from agc_triton.exchange import Exchange
 from agc_triton.nonfinite import SkippedUnits
 from agc_triton.rule import KernelRule, Work
-from agc_triton.sharded import is_sharded, local
+from agc_triton.sharded import Kind, any_sharded, local, locals_of
 from agc_triton.snapshot import Look
 from agc_triton.triton_path.buckets import Bucket, TensorUnits, plan_buckets
 from agc_triton.triton_path.launch_group import ACCESS, LaunchGroup, Member, kernel_layout
@@ -48,6 +49,7 @@ class TritonPlan:
         taken: per group, the parameters that the kernels can take.
         own: scalars that the states do not hold.
         skipped: where skipped units are counted; None to skip none.
+        exchange: where units that are split between ranks are added up, if any are.
         captured: as of `LaunchGroup`.
 
     Raises:
@@ -60,14 +62,10 @@ class TritonPlan:
         taken: Sequence[list[Tensor]],
         own: OwnScalars,
         skipped: SkippedUnits | None,
+        exchange: Exchange | None,
         captured: list[Any],
     ) -> None:
-        self._rule = work.rule.kernel
-        masks = [
-            [p not in of_group for p in group["params"]]
-            for group, of_group in zip(work.groups, map(set, taken), strict=True)
-        ]
-        self._rest = [(index, mask) for index, mask in enumerate(masks) if any(mask)]
+        self._rule, self._exchange = work.rule.kernel, exchange
         placed = [(p, index) for index, params in enumerate(taken) for p in params]
         begun = {p for p, index in placed if _has_states(work, p, index)}
         for index, params in enumerate(taken):
@@ -79,9 +77,10 @@ class TritonPlan:
                 idle.append(p)
             else:
                 found[launch_key(self._rule, p, work.groups[index])].append((p, index))
+        self._rest = _masks(work, taken, exchange, set(idle))
         _check_members(work, chain.from_iterable(found.values()))
         self._params = params = _all_params(work)
-        self._sharded = any(map(is_sharded, params))
+        self._sharded = any_sharded(params)
         self._pick_idle = _picker(params, idle)
         self._lengths = [len(group["params"]) for group in work.groups]
         counts = _skip_counts(work, found.values(), skipped)
@@ -89,7 +88,7 @@ class TritonPlan:
         self.parts: list[Part] = []
         for members in found.values():
             device = members[0][0].device
-            made = _members(work, members, own, begun)
+            made = _members(work, members, own, begun, exchange)
             with _current(device):
                 launches = LaunchGroup(
                     self._rule, made, work.groups, units[device], counts.get(device), captured
@@ -99,8 +98,10 @@ class TritonPlan:
         # As long as they are here, no others can be where they were.
         self._entries = list(work.state.values())
 
-    def look(self, work: Work) -> Look | None:
+    def look(self, work: Work, exchange: Exchange | None) -> Look | None:
         """What there is now of what the tables hold; for this step its parameters are kept."""
+        if exchange is not self._exchange:
+            return None
         entries, groups = work.state.values(), work.groups
         if [len(group["params"]) for group in groups] != self._lengths:
             return None
@@ -122,7 +123,7 @@ class TritonPlan:
         except KeyError:  # a state is gone
             return None
         if self._sharded:
-            fixed = list(map(local, fixed))
+            fixed = locals_of(fixed)
         return Look((id(work.state), work.nonfinite, work.backend, rest), fixed, [], scalars)
 
     def write_tables(self, work: Work) -> bool:
@@ -148,7 +149,7 @@ class TritonPlan:
                 part.launches.begin(_on(grad_scale, device), _on(found_inf, device), capturing)
 
     def update(self) -> None:
-        """Clip and update; autograd is told of it."""
+        """Clip and update what is whole here; autograd is told of all updates."""
         for part in self.parts:
             written: Sequence[Any] = part.pick(self._params)
             if not all(part.launches.has_grad):
@@ -158,6 +159,12 @@ class TritonPlan:
                 part.launches.update()
         self._params = []
 
+    def finish(self) -> None:
+        """Clip and update what is split between ranks, once these have added up its sums."""
+        for part in self.parts:
+            with _current(part.launches.device):
+                part.launches.finish()
+
 
 class Preview(NamedTuple):
     """What is launched for parameters of one device and dtype."""
@@ -166,6 +173,7 @@ class Preview(NamedTuple):
     dtype: torch.dtype
     states: int
     buckets: tuple[Bucket, ...]
+    folds: int
 
 
 def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
@@ -174,19 +182,36 @@ def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
     found: defaultdict[Any, list[TensorUnits]] = defaultdict(list)
     for index, (group, params) in enumerate(zip(work.groups, taken, strict=True)):
         for p in params:
-            layout = kernel_layout(local(p), group["unit_dim"])
-            units = TensorUnits(layout, local(p).data_ptr() % ACCESS == 0, index)
+            layout = kernel_layout(p, group["unit_dim"])
+            split = work.kind_of(p, group) is Kind.SPLIT
+            aligned = local(p).data_ptr() % ACCESS == 0
+            units = TensorUnits(layout, aligned, index, 0 if split else None)
             found[launch_key(rule, p, group)].append(units)
     previews = []
     for (device, dtype, _, states), tensors in found.items():
-        buckets = plan_buckets(tensors, dtype.to_real().itemsize, states).buckets
-        previews.append(Preview(device, dtype, states, buckets))
+        planned = plan_buckets(tensors, dtype.to_real().itemsize, states)
+        previews.append(Preview(device, dtype, states, planned.buckets, len(planned.folds)))
     return previews
 
 
 def launch_key(rule: KernelRule, param: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the parameters that are launched together have in common."""
     return param.device, param.dtype, rule.flags(group), len(rule.states(group))
+
+
+def _masks(
+    work: Work, taken: Sequence[list[Tensor]], exchange: Exchange | None, idle: set[Tensor]
+) -> list[tuple[int, list[bool]]]:
+    """The groups with parameters for the torch path, and which these are.
+
+    What has had no gradient yet may have one on another rank, and then is summed there.
+    """
+    masks = []
+    for index, (group, of_group) in enumerate(zip(work.groups, map(set, taken), strict=True)):
+        if exchange is not None:
+            of_group -= {p for p in of_group & idle if exchange.place(p)}
+        masks.append((index, [p not in of_group for p in group["params"]]))
+    return [(index, mask) for index, mask in masks if any(mask)]
 
 
 def _picker(
@@ -217,7 +242,13 @@ def _create_states(work: Work, index: int, params: list[Tensor]) -> None:
     work.collect(options)
 
 
-def _members(work: Work, placed: list[Placed], own: OwnScalars, begun: set[Tensor]) -> list[Member]:
+def _members(
+    work: Work,
+    placed: list[Placed],
+    own: OwnScalars,
+    begun: set[Tensor],
+    exchange: Exchange | None,
+) -> list[Member]:
     """Members of one launch group; states and scalars are laid out as the kernels need them."""
     rule, params = work.rule.kernel, [p for p, _ in placed]
     device, group = params[0].device, work.groups[placed[0][1]]
@@ -233,8 +264,9 @@ def _members(work: Work, placed: list[Placed], own: OwnScalars, begun: set[Tenso
     members = []
     for (p, index), of_param in zip(placed, scalars, strict=True):
         states = tuple(_laid_out_as(p, work.state[p], key) for key in rule.states(group))
-        layout = kernel_layout(local(p), work.groups[index]["unit_dim"])
-        members.append(Member(p, layout, index, of_param, states))
+        layout = kernel_layout(p, work.groups[index]["unit_dim"])
+        place = None if exchange is None else exchange.place(p)
+        members.append(Member(p, layout, index, of_param, states, place))
     return members
 
 
@@ -255,7 +287,7 @@ def _skip_counts(
         return {}
     units: defaultdict[torch.device, int] = defaultdict(int)
     for p, index in chain.from_iterable(groups):
-        units[p.device] += kernel_layout(local(p), work.groups[index]["unit_dim"]).n_units
+        units[p.device] += kernel_layout(p, work.groups[index]["unit_dim"]).n_units
     return {device: skipped.by_unit(device, n) for device, n in units.items()}
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import agc_triton.triton_path.buckets
+import agc_triton.triton_path.tiles
 from agc_triton import adaptive_clip_grad_
 from agc_triton.triton_path.buckets import ideal_shape
 from tests.support.checks import check_clipped
@@ -148,7 +149,7 @@ def test_one_long_unit() -> None:
 def test_parts_longer_than_a_tile(
     dtype: torch.dtype, unit_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agc_triton.triton_path.buckets, "MAX_PARTS", 2)
+    monkeypatch.setattr(agc_triton.triton_path.tiles, "MAX_PARTS", 2)
     shape = (2, 40_001) if unit_dim == 0 else (40_001, 2)
     options = {**SGD, "unit_dim": unit_dim}
     run = GuardedRun("SGD", weights([shape], dtype, DEVICE, unit_dim=unit_dim), options)

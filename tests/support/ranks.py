@@ -1,7 +1,8 @@
-"""Functions run on two ranks of gloo."""
+"""Functions run on several ranks of gloo."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,17 +16,20 @@ import torch.multiprocessing as mp
 from tests.support.interpreter import interpret_without_gpu
 
 RANKS = 2
-TIMEOUT = timedelta(minutes=1)  # where one rank fails and the other waits for it
+TIMEOUT = timedelta(minutes=3)  # where one rank fails and the others wait for it
+
+# Imported once, by the process that all ranks are forked from.
+PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "tests.support.ranks"]
 
 
-def _run(rank: int, work: Callable[[int], Any], folder: str) -> None:
+def _run(rank: int, work: Callable[[int], Any], folder: str, ranks: int) -> None:
     torch.set_num_threads(1)
     interpret_without_gpu()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=RANKS,
+        world_size=ranks,
         timeout=TIMEOUT,
     )
     torch.save(work(rank), f"{folder}/{rank}.pt")
@@ -35,8 +39,9 @@ def _run(rank: int, work: Callable[[int], Any], folder: str) -> None:
     os._exit(0)
 
 
-def on_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+def on_ranks(work: Callable[[int], Any], folder: Path, ranks: int = RANKS) -> list[Any]:
     """What a function of a module returns on each rank."""
-    spawn: Any = mp.spawn  # type: ignore[attr-defined]  # torch.multiprocessing has no __all__
-    spawn(_run, (work, str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    start: Any = mp.start_processes  # type: ignore[attr-defined]  # torch.multiprocessing has no __all__
+    start(_run, (work, str(folder), ranks), nprocs=ranks, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]

@@ -36,7 +36,7 @@ def make_training(name: str = "AdamW", **options: Any) -> Training:
 
 
 def plans_of(optimizer: Any) -> dict[tuple[int, ...], BlockPlan]:
-    return {at: cached.plan for at, cached in optimizer._paths.blocks.items() if cached.plan}
+    return {at: cached.plan for at, cached in optimizer._paths.torch.blocks.items() if cached.plan}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -277,7 +277,7 @@ def test_a_copy_and_a_pickle_have_plans_of_their_own() -> None:
     training.train()
     again = copy.deepcopy(training.optimizer)
     assert not plans_of(again)
-    assert again._paths.blocks is not training.optimizer._paths.blocks
+    assert again._paths.torch.blocks is not training.optimizer._paths.torch.blocks
 
 
 def test_gradients_of_other_strides_are_copied_one_at_a_time(

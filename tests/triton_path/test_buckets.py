@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import product
 from unittest import mock
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agc_triton.triton_path import buckets
+from agc_triton.triton_path import buckets, tiles
 from agc_triton.triton_path.buckets import (
     BucketPlan,
     TensorUnits,
@@ -91,24 +92,32 @@ def assert_numbers_units(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> No
 
 
 def assert_sums_parts(plan: BucketPlan, tensors: Sequence[TensorUnits]) -> None:
-    """Parts cover long units once, and each has a pair of sums of its own."""
-    numbers, first = unit_numbers(tensors), dict[int, int]()
-    assert sorted(plan.parts[:, 4].tolist()) == list(range(plan.sums))
-    for tensor, offset, start, unit, at in plan.parts.tolist():
-        span = int(plan.fields[tensor, 4])
-        assert numbers[tensor, offset] == unit
+    """Parts cover long and divided units once; sums end where the tiles look for them."""
+    numbers = unit_numbers(tensors)
+    ends: dict[int, int] = {}  # by unit, where its first pair or its place in the exchange is
+    parts: Counter[int] = Counter()
+    own = [at for *_, there, at in plan.parts.tolist() if not there]
+    assert sorted(own) == list(range(plan.sums))
+    for tensor, offset, start, there, at in plan.parts.tolist():
+        span, unit = int(plan.fields[tensor, 4]), numbers[tensor, offset]
         assert start % span == 0
-        assert start // span < buckets.MAX_PARTS
-        assert first.setdefault(unit, at) == at - start // span
-    covered = [t[0] for t in plan.parts.tolist()]
+        assert start // span < tiles.MAX_PARTS
+        assert ends.setdefault(unit, at) == at - (0 if there else start // span)
+        assert not there or tensors[tensor].pair is not None
+        parts[unit] += 1
+    added = {first: (count, place) for first, count, place in plan.folds.tolist()}
     for bucket in plan.buckets:
-        if not bucket.shape.split:
-            continue
-        for tensor in bucket.tensors:
+        for tensor, *_, unit, at in bucket.tiles.tolist() if bucket.shape.summed else ():
             layout, span = tensors[tensor].layout, int(plan.fields[tensor, 4])
-            assert covered.count(tensor) == layout.n_units * -(-layout.length // span)
-        for *_, unit, at in bucket.tiles.tolist():
-            assert at == first[unit]
+            assert parts[unit] == -(-layout.length // span)
+            pair = tensors[tensor].pair
+            if pair is None:
+                assert at == ends[unit]
+                continue
+            first_unit = min(n for (t, _), n in numbers.items() if t == tensor)
+            assert at == pair + unit - first_unit
+            assert parts[unit] == 1 or added[ends[unit]] == (parts[unit], at)
+            assert parts[unit] > 1 or ends[unit] == at
 
 
 def assert_keeps_promises(plan: BucketPlan, tensors: Sequence[TensorUnits], itemsize: int) -> None:
@@ -119,7 +128,8 @@ def assert_keeps_promises(plan: BucketPlan, tensors: Sequence[TensorUnits], item
         assert bucket.elements == sum(math.prod(tensors[i].layout) for i in bucket.tensors)
         assert list(bucket.tensors) == sorted(set(bucket.tiles[:, 0].tolist()))
         for i in bucket.tensors:
-            layout, aligned, group = tensors[i]
+            layout, aligned, group, pair = tensors[i]
+            assert shape.across is (pair is not None)
             assert shape.strided or layout.outer == 1
             assert shape.split or layout.length <= shape.capacity
             assert plan.fields[i, 3] == group
@@ -128,7 +138,7 @@ def assert_keeps_promises(plan: BucketPlan, tensors: Sequence[TensorUnits], item
                 assert aligned
                 assert layout.outer == 1
                 assert layout.length % shape.vector == 0
-    split = [bucket.shape for bucket in plan.buckets if bucket.shape.split]
+    split = [bucket.shape for bucket in plan.buckets if bucket.shape.summed]
     assert plan.parts_vector == min((shape.vector for shape in split), default=1)
     assert plan.parts_strided == any(shape.strided for shape in split)
 
@@ -139,7 +149,10 @@ LAYOUTS = st.one_of(
     st.builds(UnitLayout, st.just(1), st.just(1), st.integers(1, 5), LENGTHS),
     st.builds(UnitLayout, st.integers(1, 3), LENGTHS, st.integers(1, 3), st.integers(1, 9)),
 )
-TENSORS = st.lists(st.builds(TensorUnits, LAYOUTS, st.booleans(), st.integers(0, 3)), min_size=1)
+PAIRS = st.one_of(st.none(), st.integers(0, 50))
+TENSORS = st.lists(
+    st.builds(TensorUnits, LAYOUTS, st.booleans(), st.integers(0, 3), PAIRS), min_size=1
+)
 
 
 @given(
@@ -148,7 +161,7 @@ TENSORS = st.lists(st.builds(TensorUnits, LAYOUTS, st.booleans(), st.integers(0,
     states=st.integers(0, 3),
     launch_elements=st.sampled_from([-math.inf, buckets.LAUNCH_ELEMENTS, math.inf]),
     max_buckets=st.sampled_from([1, buckets.MAX_BUCKETS, 1000]),
-    max_parts=st.sampled_from([2, buckets.MAX_PARTS]),
+    max_parts=st.sampled_from([2, tiles.MAX_PARTS]),
 )
 def test_every_element_is_in_one_tile(
     tensors: list[TensorUnits],
@@ -158,11 +171,14 @@ def test_every_element_is_in_one_tile(
     max_buckets: int,
     max_parts: int,
 ) -> None:
-    with mock.patch.multiple(
-        buckets,
-        LAUNCH_ELEMENTS=launch_elements,
-        MAX_BUCKETS=max_buckets,
-        MAX_PARTS=max_parts,
+    with (
+        mock.patch.multiple(
+            buckets,
+            LAUNCH_ELEMENTS=launch_elements,
+            MAX_BUCKETS=max_buckets,
+            ACROSS_SPAN=1 << 10,
+        ),
+        mock.patch.object(tiles, "MAX_PARTS", max_parts),
     ):
         plan = plan_buckets(tensors, itemsize, states, FIRST_UNIT)
         assert sorted(i for b in plan.buckets for i in b.tensors) == list(range(len(tensors)))
@@ -171,7 +187,10 @@ def test_every_element_is_in_one_tile(
         assert_sums_parts(plan, tensors)
         assert_keeps_promises(plan, tensors, itemsize)
         # Aligned, unaligned and strided units may need one each.
-        assert len(plan.buckets) <= max(max_buckets, 3)
+        across = [bucket.shape.across for bucket in plan.buckets]
+        assert across == sorted(across)
+        assert across.count(False) <= max(max_buckets, 3)
+        assert across.count(True) <= max(buckets.MAX_BUCKETS_ACROSS, 3)
 
 
 MODELS = sorted(path.stem for path in TABLES.glob("*.csv"))
@@ -242,7 +261,7 @@ def test_offsets_beyond_32_bits(layout: UnitLayout) -> None:
         last = bucket.tiles[-1]
         assert last[2] + bucket.shape.capacity >= layout.length > last[2]
         assert plan.sums == units * -(-layout.length // int(plan.fields[0, 4]))
-        assert plan.sums <= units * buckets.MAX_PARTS
+        assert plan.sums <= units * tiles.MAX_PARTS
     else:
         assert len(bucket.tiles) == units
 
