@@ -23,16 +23,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from agc_triton import SGD_AGC, param_groups
 from benchmarks.lib.arguments import add_device, check_folder, parser_of, positive
+from benchmarks.lib.data.catalog import load
+from benchmarks.lib.learning import is_broken, warmup_and_cosine
 from benchmarks.lib.machine import device_name
 from benchmarks.lib.nfnet import NFNet
 from benchmarks.lib.optimizers import backend
@@ -49,9 +48,6 @@ CLIPPING = 0.04
 # SGD breaks without warm-up too; with it nobody can say that this was what it lacked.
 WARMUP_EPOCHS = 3
 
-# A run is broken when its loss is not finite or it ends below twice the accuracy of guessing.
-BROKEN_BELOW = 2 / CLASSES
-
 COLORS = {"SGD": "tab:red", "SGD_AGC": "tab:blue"}
 LOSS_CAP = 10.0  # what the picture shows instead of greater losses
 
@@ -67,16 +63,12 @@ class Digits(NamedTuple):
 
 def load_split(on: torch.device) -> Digits:
     """Scikit-learn's bundled digits; the same split in every run."""
-    images, labels = load_digits(return_X_y=True)
-    train, test, *both_labels = train_test_split(
-        images, labels, test_size=0.2, stratify=labels, random_state=0
+    data = load("digits", None, images=0, pixels=0, on=on)
+    (train, train_labels), (test, test_labels) = (
+        part.pick(torch.arange(len(part))) for part in (data.train, data.test)
     )
-    mean, std = train.mean(), train.std()
-    standardized = [
-        torch.tensor((x - mean) / std, dtype=torch.float32, device=on).view(-1, 1, 8, 8)
-        for x in (train, test)
-    ]
-    return Digits(*standardized, *(torch.tensor(y, device=on) for y in both_labels))
+    images, held_out = (data.standardized(part) for part in (train, test))
+    return Digits(images, held_out, train_labels, test_labels)
 
 
 def build_optimizer(name: str, net: nn.Module, lr: float) -> Optimizer:
@@ -87,16 +79,6 @@ def build_optimizer(name: str, net: nn.Module, lr: float) -> Optimizer:
     return SGD_AGC(groups, lr=lr, momentum=0.9, nesterov=True)
 
 
-def warmup_and_cosine(optimizer: Optimizer, epochs: int, steps_per_epoch: int) -> LambdaLR:
-    """Linear warm-up times a cosine that ends at 0."""
-    steps, warmup = epochs * steps_per_epoch, WARMUP_EPOCHS * steps_per_epoch
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
-
-    return LambdaLR(optimizer, factor)
-
-
 def train(name: str, lr: float, seed: int, epochs: int, data: Digits) -> Iterator[dict[str, Any]]:
     """One run, epoch by epoch; it ends with the epoch in which a loss is not finite."""
     torch.manual_seed(seed)
@@ -104,7 +86,8 @@ def train(name: str, lr: float, seed: int, epochs: int, data: Digits) -> Iterato
     net = NFNet(CLASSES).to(on)
     optimizer = build_optimizer(name, net, lr)
     count = len(data.train_images)
-    scheduler = warmup_and_cosine(optimizer, epochs, math.ceil(count / BATCH))
+    steps = math.ceil(count / BATCH)
+    scheduler = warmup_and_cosine(optimizer, epochs * steps, WARMUP_EPOCHS * steps)
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         total = 0.0
@@ -151,7 +134,7 @@ def train_all(seeds: int, epochs: int, on: torch.device) -> pd.DataFrame:
             table.insert(1, "lr", lr)
             table.insert(2, "clipping", CLIPPING if name == "SGD_AGC" else 0.0)
             table.insert(3, "seed", seed)
-            tables.append(table.assign(diverged=is_broken(table)))
+            tables.append(table.assign(diverged=run_is_broken(table)))
     return pd.concat(tables, ignore_index=True).assign(
         batch=BATCH,
         torch=torch.__version__,
@@ -160,11 +143,10 @@ def train_all(seeds: int, epochs: int, on: torch.device) -> pd.DataFrame:
     )
 
 
-def is_broken(run: pd.DataFrame) -> bool:
+def run_is_broken(run: pd.DataFrame) -> bool:
     """Whether a run's loss stopped being finite or its last accuracy is near guessing."""
     last = run.iloc[-1]
-    finite = math.isfinite(last["train_loss"] + last["test_loss"])
-    return not finite or bool(last["test_accuracy"] < BROKEN_BELOW)
+    return is_broken(last["train_loss"] + last["test_loss"], last["test_accuracy"], CLASSES)
 
 
 def summarize(epochs: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A small normalizer-free residual network for 8x8 grey images.
+"""A small normalizer-free residual network for small images.
 
 NF-ResNet (Brock et al. 2021, arXiv 2101.08692) in its pre-activation form, with the SkipInit scalar
 of NFNet (arXiv 2102.06171): no batch statistics anywhere, so nothing but the weights' scale and
@@ -8,6 +8,7 @@ the optimizer keeps the signal in range.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,29 +69,43 @@ class NFBlock(nn.Module):
         return out
 
 
-class NFNet(nn.Module):
-    """Stem, stages of residual blocks, global pooling and a linear head; 43 thousand parameters."""
+def stages(widths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Channels that come in and go out of each block of ``DEPTH`` a stage, and its stride."""
+    channels = widths[0]
+    for stage, width in enumerate(widths):
+        for i in range(DEPTH):
+            yield channels, width, 2 if stage > 0 and i == 0 else 1
+            channels = width
 
-    def __init__(self, classes: int) -> None:
+
+def small_head(channels: int, classes: int) -> nn.Linear:
+    """A linear layer that starts with logits near 0."""
+    head = nn.Linear(channels, classes)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class NFNet(nn.Module):
+    """Stem, stages of residual blocks, global pooling and a linear head.
+
+    Of grey images and ``WIDTHS`` it has 43 thousand parameters.
+    """
+
+    def __init__(self, classes: int, channels: int = 1, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
-        channels = WIDTHS[0]
-        self.stem = ScaledStdConv2d(1, channels, 3, stride=2)
+        self.stem = ScaledStdConv2d(channels, widths[0], 3, stride=2)
         blocks: list[NFBlock] = []
         expected_var = 1.0
-        for stage, width in enumerate(WIDTHS):
-            for i in range(DEPTH):
-                stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(NFBlock(channels, width, stride, beta=math.sqrt(expected_var)))
-                # A convolution on the shortcut brings the variance back to 1.
-                expected_var = (1.0 if stride > 1 else expected_var) + ALPHA**2
-                channels = width
+        for in_channels, width, stride in stages(widths):
+            blocks.append(NFBlock(in_channels, width, stride, beta=math.sqrt(expected_var)))
+            # A convolution on the shortcut brings the variance back to 1.
+            expected_var = (1.0 if stride > 1 else expected_var) + ALPHA**2
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, classes)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        self.head = small_head(widths[-1], classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits of (N, 1, 8, 8) images of unit variance."""
+        """Class logits of images of unit variance."""
         features = scaled_relu(self.blocks(self.stem(images)))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits

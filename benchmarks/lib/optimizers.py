@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
-from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
+from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, param_groups, unitwise_norm
 
 
 class Optimizer(NamedTuple):
@@ -44,6 +44,29 @@ def backend(optimizer: torch.optim.Optimizer) -> str:
     """What makes an optimizer's steps: triton, torch, or one for some parameters each."""
     explain = getattr(optimizer, "explain", None)
     return " and ".join(filter(None, explain()["backend"].unique())) if explain else "torch"
+
+
+# What training needs beside the learning rate; SGD is hardly ever used without momentum.
+FOR_TRAINING: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9, "nesterov": True}}
+
+
+def for_training(name: str, model: nn.Module, lr: float, clipping: float) -> torch.optim.Optimizer:
+    """An AGC class that leaves the head alone, or torch's class where ``clipping`` is 0."""
+    chosen, options = OPTIMIZERS[name], FOR_TRAINING.get(name, {})
+    make = chosen.agc_class if clipping else chosen.torch_class
+    return make(param_groups(model, clipping=clipping), lr=lr, **options)
+
+
+@torch.no_grad()
+def share_clipped(groups: Iterable[dict[str, Any]]) -> float:
+    """Of all units of groups that are clipped, the share whose gradient is over its limit now."""
+    over = []
+    for group in groups:
+        for p in group["params"] if group["clipping"] else []:
+            norm, of_grad = (unitwise_norm(x, group["unit_dim"]) for x in (p, p.grad))
+            over.append(of_grad > group["clipping"] * norm.clamp(min=group["agc_eps"]))
+    units = sum(o.numel() for o in over)
+    return sum(int(o.sum()) for o in over) / units if units else float("nan")
 
 
 def minimal_bytes(optimizer: str, params: Iterable[Tensor]) -> int:

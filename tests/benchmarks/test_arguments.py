@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    compare,
     digits,
     host_cost,
     kernel_report,
@@ -20,7 +21,7 @@ from benchmarks import (
 )
 
 REPORTS: list[Any] = [
-    *(digits, host_cost, kernel_report, scaling, throughput, training, tune_blocks),
+    *(compare, digits, host_cost, kernel_report, scaling, throughput, training, tune_blocks),
 ]
 
 
@@ -61,6 +62,13 @@ def test_where_rows_go_is_checked_before_anything_is_measured(
         (digits, "--device cuda", "--device: torch finds no GPU"),
         (digits, "--epochs 0", "--epochs: 0 is no whole number above 0"),
         (digits, "--seeds -1", "--seeds: -1 is no whole number above 0"),
+        (compare, "--device cuda", "--device: torch finds no GPU"),
+        (compare, "--jobs 0", "--jobs: 0 is no whole number above 0"),
+        (compare, "--data imagenet", "--data: imagenet is none of digits, mnist"),
+        (compare, "--models no_such", "--models: no_such is no model of timm's, if there is timm"),
+        (compare, "--batches 2000", "--batches: 2000 is more than the 1,437 images of digits"),
+        (compare, "--lrs -1", "--lrs: -1.0 is no learning rate"),
+        (compare, "--clippings nan", "--clippings: nan is no clipping"),
         (kernel_report, "--arch 91x", "--arch: invalid choice: '91x' (choose from"),
         (host_cost, "--calls 0", "--calls: 0 is no whole number above 0"),
     ],

@@ -60,7 +60,7 @@ def test_a_run_ends_where_its_loss_is_not_finite(data: digits.Digits) -> None:
     rows = pd.DataFrame(curves(data, "SGD", 1e6, epochs=9))
     finite = (rows["train_loss"] + rows["test_loss"]).map(math.isfinite)
     assert finite.tolist() == [True] * (len(rows) - 1) + [False]
-    assert digits.is_broken(rows)
+    assert digits.run_is_broken(rows)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_what_counts_as_broken(
 ) -> None:
     last = {"train_loss": train_loss, "test_loss": test_loss, "test_accuracy": test_accuracy}
     first = {"train_loss": 2.3, "test_loss": 2.3, "test_accuracy": 0.1}
-    assert digits.is_broken(pd.DataFrame([first, last])) is broken
+    assert digits.run_is_broken(pd.DataFrame([first, last])) is broken
 
 
 def summary(sgd_broken: int) -> pd.DataFrame:

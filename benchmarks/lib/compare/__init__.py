@@ -1,0 +1,1 @@
+"""Training with and without clipping: a grid of runs, their rows, and what these show."""
