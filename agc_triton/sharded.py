@@ -24,6 +24,7 @@ from agc_triton.units import (
 
 # to_local makes another tensor of a parameter at every call.
 _local = attrgetter("_local_tensor")
+_place = attrgetter("_spec.placements", "_spec.mesh")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -67,8 +68,7 @@ def place_gradients(params: Iterable[Any]) -> bool:
     """
     there = [p for p in params if p.grad is not None]
     grads = [p.grad for p in there]
-    # Mostly the very same objects.
-    if [getattr(g, "_spec", None) for g in grads] == [getattr(p, "_spec", None) for p in there]:
+    if _places(grads) == _places(there):
         return True
     for param, grad in zip(there, grads, strict=True):
         if placed_alike(grad, param):
@@ -78,6 +78,13 @@ def place_gradients(params: Iterable[Any]) -> bool:
         with torch.no_grad():
             param.grad = grad.redistribute(placements=param.placements)
     return True
+
+
+def _places(tensors: list[Any]) -> list[Any]:
+    try:
+        return list(map(_place, tensors))
+    except AttributeError:  # not all are DTensors
+        return [getattr(tensor, "_spec", None) and _place(tensor) for tensor in tensors]
 
 
 class Kind(enum.Enum):

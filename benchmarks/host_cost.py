@@ -9,7 +9,9 @@ caches the two take turns call by call and each meets what the other left; with 
 makes a block of calls in a row, as microbenchmarks do. Training lies between the two. Kinds and
 caches take turns as well.
 
-A third does nothing but read where gradients, parameters and states lie, which a step that may not
+A third steps DTensors, as the first of two ranks that share them: half of its tensors have units
+of their own, half are parts of a unit (no other rank is there: sums over ranks go nowhere). A
+fourth does nothing but read where gradients, parameters and states lie, which a step that may not
 write to memory it no longer owns has to do: how much cheaper than torch any plan can be.
 """
 
@@ -33,9 +35,13 @@ if __name__ == "__main__":
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
 
 from agc_triton import AdamW_AGC
@@ -47,6 +53,7 @@ from benchmarks.lib.rows import quantiles, write
 from benchmarks.lib.versions import triton_version
 
 OURS, THEIRS, FLOOR = "AdamW_AGC triton", "torch AdamW fused", "reading addresses only"
+SHARDED = "AdamW_AGC triton, one of two ranks"
 KINDS = ("steady", "changing")
 TURN = 20  # calls of each implementation
 # Consecutive calls of one implementation, by what they do to the caches.
@@ -93,11 +100,34 @@ def no_launches() -> Iterator[None]:
         yield
 
 
-def build(make: Callable[..., Optimizer], tensors: int, groups: int, **options: Any) -> Optimizer:
-    """An optimizer over small parameters with gradients, dealt out to equal groups."""
-    params = [Parameter(torch.randn(64)) for _ in range(tensors)]
+@contextmanager
+def two_ranks() -> Iterator[DeviceMesh]:
+    """The first of two ranks; what it sends goes nowhere."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield init_device_mesh("cpu", (2,))
+    finally:
+        dist.destroy_process_group()
+
+
+def shared(mesh: DeviceMesh, tensors: int) -> list[Parameter]:
+    """Parameters of which 64 elements lie here: some rows, or a part of one unit."""
+    whole = [torch.randn((16, 8) if i % 2 else (128,)) for i in range(tensors)]
+    placed = (distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) for t in whole)
+    return list(map(Parameter, placed))
+
+
+def plain(tensors: int) -> list[Parameter]:
+    """Parameters of 64 elements."""
+    return [Parameter(torch.randn(64)) for _ in range(tensors)]
+
+
+def build(
+    make: Callable[..., Optimizer], params: list[Parameter], groups: int, **options: Any
+) -> Optimizer:
+    """An optimizer over parameters with gradients, dealt out to equal groups."""
     for p in params:
-        p.grad = torch.randn(64)
+        p.grad = torch.randn_like(p)
     dealt = [{"params": params[i::groups], "weight_decay": 0.01 * i} for i in range(groups)]
     return make(dealt, **options)
 
@@ -107,15 +137,16 @@ def change(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] *= 0.999
         for p in group["params"]:
-            p.grad = torch.empty_like(p)
+            p.grad = torch.empty_like(p.grad)
 
 
-def measure(tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
+def measure(mesh: DeviceMesh, tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
     """Rows for all implementations: steady and changing, with warm and cold caches."""
     optimizers = {
-        OURS: build(AdamW_AGC, tensors, groups, backend="triton"),
-        THEIRS: build(AdamW, tensors, groups, fused=True),
-        FLOOR: build(AddressesOnly, tensors, groups, fused=True),
+        OURS: build(AdamW_AGC, plain(tensors), groups, backend="triton"),
+        THEIRS: build(AdamW, plain(tensors), groups, fused=True),
+        SHARDED: build(AdamW_AGC, shared(mesh, tensors), groups, backend="triton"),
+        FLOOR: build(AddressesOnly, plain(tensors), groups, fused=True),
     }
     times = time_in_turns(optimizers, calls)
     found = {key: quantiles(pd.Series(values), "median_us", "us") for key, values in times.items()}
@@ -213,9 +244,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_file(parser, args.out)
     rows = []
-    with no_launches():
+    with two_ranks() as mesh, no_launches():
         for tensors, groups in tqdm(cases(args.quick), desc="host cost", disable=None):
-            rows += measure(tensors, groups, args.calls)
+            rows += measure(mesh, tensors, groups, args.calls)
             table = pd.DataFrame(rows)[COLUMNS]
             write(table, args.out)
     shown = table[COLUMNS[: COLUMNS.index("device")]]

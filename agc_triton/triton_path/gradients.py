@@ -37,10 +37,10 @@ class Gradients:
         self._copies = []  # an interrupted step leaves its own
         grads: list[Any] = list(map(_grad, params))
         if self._sharded:
-            grads, params = locals_of(grads), locals_of(params)
+            grads = locals_of(grads)
         if self._layouts.fit(grads):
             return list(map(Tensor.data_ptr, grads))
-        return self._read_each(params, grads)
+        return self._read_each(locals_of(params), grads)
 
     def _read_each(self, params: Sequence[Tensor], grads: list[Any]) -> list[int] | None:
         addresses = []

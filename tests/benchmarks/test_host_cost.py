@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import host_cost
-from benchmarks.host_cost import BLOCKS, COLUMNS, FLOOR, KINDS, OURS, THEIRS, TURN
+from benchmarks.host_cost import BLOCKS, COLUMNS, FLOOR, KINDS, OURS, SHARDED, THEIRS, TURN
 from benchmarks.lib import plots
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def test_a_short_run_writes_and_draws_every_row(tmp_path: Path) -> None:
         for case in host_cost.cases(quick=True)
         for kind in KINDS
         for caches in BLOCKS
-        for name in (OURS, THEIRS, FLOOR)
+        for name in (OURS, THEIRS, SHARDED, FLOOR)
     ]
     assert list(table[keys].itertuples(index=False, name=None)) == expected
     assert (table["p20_us"] <= table["median_us"]).all()
@@ -54,7 +54,7 @@ def test_a_short_run_writes_and_draws_every_row(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(tensors: int, *_: int) -> list[dict[str, Any]]:
+    def measure(_mesh: Any, tensors: int, *_: int) -> list[dict[str, Any]]:
         if tensors != host_cost.TENSORS[0]:
             raise KeyboardInterrupt
         return [dict.fromkeys(COLUMNS, tensors)]
@@ -67,7 +67,7 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_floor_reads_every_address() -> None:
-    optimizer = host_cost.build(host_cost.AddressesOnly, 3, 2, fused=True)
+    optimizer = host_cost.build(host_cost.AddressesOnly, host_cost.plain(3), 2, fused=True)
     optimizer.step()
     optimizer.step()
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -82,7 +82,8 @@ class Recorder:
     """Writes down its name, learning rate and gradient whenever it steps."""
 
     def __init__(self, name: str, log: list[tuple[str, float, Tensor | None]]) -> None:
-        self.param_groups = host_cost.build(torch.optim.SGD, 1, 1, lr=1.0).param_groups
+        built = host_cost.build(torch.optim.SGD, host_cost.plain(1), 1, lr=1.0)
+        self.param_groups = built.param_groups
         self.name, self.log = name, log
 
     def step(self) -> None:
@@ -116,7 +117,7 @@ def test_everything_moves_before_a_changing_step_and_nothing_before_a_steady_one
 
 
 def test_tensors_are_dealt_out_to_groups() -> None:
-    optimizer = host_cost.build(torch.optim.AdamW, 10, 3, lr=0.1)
+    optimizer = host_cost.build(torch.optim.AdamW, host_cost.plain(10), 3, lr=0.1)
     assert [len(group["params"]) for group in optimizer.param_groups] == [4, 3, 3]
     assert len({group["weight_decay"] for group in optimizer.param_groups}) == 3
 
