@@ -7,6 +7,9 @@ from collections.abc import Container, Iterable
 
 AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
 
+# What holds for all groups of an optimizer.
+OF_OPTIMIZERS = ("backend", "nonfinite")
+
 # Above what "eps", "clip" or "gradient_clipping" reach, under "agc_epsilon".
 _NEAR = 0.75
 
@@ -25,3 +28,17 @@ def check_spelling(keys: Iterable[object], where: str, known: Container[object] 
         plain = key.lower().replace("-", "_")
         if near := difflib.get_close_matches(plain, AGC_OPTIONS, n=1, cutoff=_NEAR):
             raise ValueError(f"unknown option {key!r}{where}; did you mean {near[0]!r}?")
+
+
+def check_level(keys: Container[object], where: str, known: Container[object] = ()) -> None:
+    """Check that a group sets nothing that is the whole optimizer's; ``where`` ends the message.
+
+    Raises:
+        ValueError: it does, and the optimizer's own groups know no such option.
+    """
+    for key in OF_OPTIMIZERS:
+        if key in keys and key not in known:
+            raise ValueError(
+                f"{key!r} cannot be set{where}: it holds for all groups; pass it to the optimizer,"
+                f" or set optimizer.{key}"
+            )

@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -143,10 +143,13 @@ def _why_torch(work: Work, group: Mapping[str, Any], param: Tensor) -> str | Non
     return None
 
 
-def may_use_triton(backend: str, params: list[Tensor]) -> bool:
-    """Whether any of these could be stepped by the kernels."""
-    wanted = backend == "triton" or (backend == "auto" and any(p.is_cuda for p in params))
-    return wanted and kernels_missing() is None
+def may_use_triton(backend: str, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the kernels could step parameters of these groups, and none asks for the torch path.
+
+    What they are to be stepped with together is seen at the step.
+    """
+    wanted = any(wants_triton(backend, group) for group in groups)
+    return wanted and not any(map(asks_for_torch, groups)) and kernels_missing() is None
 
 
 def wants_triton(backend: str, group: Mapping[str, Any]) -> bool:

@@ -10,16 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from agc_triton.options import check_spelling
+from agc_triton.options import check_level, check_spelling
 
 
 def check_keys(group: Any, index: int, known: Container[str]) -> None:
-    """Check that no option of a group is nearly one of AGC's and unknown to the optimizer.
+    """Check that no option of a group is unknown to the optimizer and nearly one of AGC's.
 
     Raises:
-        ValueError: one is.
+        ValueError: one is, or is an option of whole optimizers.
     """
     if isinstance(group, dict):
+        check_level(group, f" in parameter group {index}", known)
         check_spelling(group, f" in parameter group {index}", known)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import torch
 from torch.optim import Optimizer
@@ -12,9 +12,10 @@ from torch.optim.optimizer import ParamsT
 
 from agc_triton.dispatch import Paths
 from agc_triton.nonfinite import check_nonfinite
+from agc_triton.optim.attributes import CheckedOption
 from agc_triton.optim.documentation import AGC_DOC
 from agc_triton.optim.groups import check_keys, name_unnamed
-from agc_triton.options import AGC_OPTIONS
+from agc_triton.options import AGC_OPTIONS, check_level
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
 from agc_triton.rule import Batches, Rule, Work
 from agc_triton.units import UnitDim
@@ -23,8 +24,17 @@ from agc_triton.validation import check_group, check_loaded
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+# What a closure returns: a number, or a tensor as in torch's examples.
+Loss = TypeVar("Loss")
+
 CLIPPING = 1e-2
 AGC_EPS = 1e-3
+
+
+def _check_backend(optimizer: Any, backend: str) -> None:
+    check_backend(backend)
+    for index, group in enumerate(vars(optimizer).get("param_groups", ())):
+        check_group_backend(backend, group, index)
 
 
 class AGCOptimizer(Optimizer):
@@ -34,9 +44,13 @@ class AGCOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
-    # Objects pickled before there was such an option have none of their own.
-    nonfinite: str = "propagate"
+    backend = CheckedOption(_check_backend, "auto")
+    nonfinite = CheckedOption(lambda _, value: check_nonfinite(value), "propagate")
     _constructing = False
+
+    # Set it to False and GradScaler unscales `.grad` before each step, whatever path that takes:
+    # for clipping by another package, which has to see what the gradients are.
+    takes_scaled_grads: bool = True
 
     def __init_subclass__(cls) -> None:
         """Show torch's arguments and ours in help() and inspect.signature()."""
@@ -60,16 +74,12 @@ class AGCOptimizer(Optimizer):
         nonfinite: str = "propagate",
         **kwargs: Any,
     ) -> None:
-        check_backend(backend)
-        check_nonfinite(nonfinite)
         self.backend, self.nonfinite, self._paths = backend, nonfinite, Paths()
         self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         torch_init: Any = super().__init__
         self._constructing = True
         torch_init(params, *args, **kwargs)
         self._constructing = False
-        if may_use_triton(backend, [p for g in self.param_groups for p in g["params"]]):
-            self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it may set ``clipping``, ``agc_eps`` and ``unit_dim``.
@@ -96,8 +106,8 @@ class AGCOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: torch's three entries and ours; counts start again."""
-        ours = {key: getattr(self, key) for key in ("backend", "nonfinite", "_agc_defaults")}
-        return {**super().__getstate__(), **ours}
+        keys = ("backend", "nonfinite", "takes_scaled_grads", "_agc_defaults")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in keys}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state; groups saved by torch.optim keep this optimizer's AGC options.
@@ -108,30 +118,43 @@ class AGCOptimizer(Optimizer):
         kept = dict(self.__dict__)
         before = kept.get("param_groups", [])
         try:
-            super().__setstate__(state)
+            self._take_over(state)
             self.__dict__.setdefault("_paths", Paths())
+            self.defaults = {**self._agc_defaults, **self.defaults}
             self._fill_groups(before)
             if kept:
                 for index, group in enumerate(self.param_groups):
+                    check_level(group, f" in parameter group {index}")
                     check_loaded(self.rule.kernel, self.state, group, index)
             self._paths.release()
-        except (KeyError, ValueError) as error:
+        except BaseException:
             self.__dict__.update(kept)
-            if isinstance(error, KeyError):
-                raise ValueError(
-                    f"the checkpoint has no {error}; it may be of another optimizer"
-                ) from None
             raise
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Let torch take over a state, of which it reads step counts."""
+        try:
+            super().__setstate__(state)
+        except KeyError as error:
+            raise ValueError(
+                f"the checkpoint has no {error}; it may be of another optimizer"
+            ) from None
 
     def _fill_groups(self, before: list[dict[str, Any]]) -> None:
         for index, group in enumerate(self.param_groups):
-            options = before[index] if index < len(before) else self.defaults
+            options = {**self.defaults, **(before[index] if index < len(before) else {})}
             for key in AGC_OPTIONS:
                 group.setdefault(key, options[key])
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     # Plans are found by address, which a traced step has none of.
     @torch._disable_dynamo  # type: ignore[attr-defined]  # not in torch's stubs
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clip and update once.
 
         Args:
@@ -156,6 +179,15 @@ class AGCOptimizer(Optimizer):
             scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             self._paths.step(self._work(), scale, found_inf)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks: whether to leave unscaling to the step, as the kernels can."""
+        return self.takes_scaled_grads and may_use_triton(self.backend, self.param_groups)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.takes_scaled_grads = value
 
     @property
     def skipped_units(self) -> int:

@@ -69,7 +69,7 @@ class SGD_AGC(AGCOptimizer, SGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state; torch would load one without ``fused`` as ``fused=False``."""
-        for group in state["param_groups"]:
+        for group in state.get("param_groups", ()):
             group.setdefault("fused", None)
         super().__setstate__(state)
 

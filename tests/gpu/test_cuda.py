@@ -240,7 +240,7 @@ def test_clipping_and_a_learning_rate_on_another_gpu() -> None:
     param = weight((3, 20), device="cuda:1")
     grad = grad_like(param)
     param.grad = grad.clone()
-    adaptive_clip_grad_([param], CLIPPING)
+    adaptive_clip_grad_([param], clipping=CLIPPING)
     check_clipped(param, grad, param.grad)
     options: dict[str, Any] = {**STATEFUL["AdamW"], **TRITON}
     lr = torch.tensor(0.5, device="cuda:0")

@@ -99,7 +99,7 @@ def test_steps_as_the_base_does_on_clipped_gradients(
     cls: Any, options: dict[str, Any], with_closure: bool
 ) -> None:
     ours, theirs = params_for(cls), params_for(cls)
-    wrapped, base = AGC(cls(ours, **options), CLIPPING), cls(theirs, **options)
+    wrapped, base = AGC(cls(ours, **options), clipping=CLIPPING), cls(theirs, **options)
     calls = {"ours": 0, "theirs": 0}
 
     def evaluate() -> Tensor:
@@ -109,12 +109,12 @@ def test_steps_as_the_base_does_on_clipped_gradients(
     def evaluate_and_clip() -> Tensor:
         calls["theirs"] += 1
         loss = backward(theirs)
-        adaptive_clip_grad_(theirs, CLIPPING)
+        adaptive_clip_grad_(theirs, clipping=CLIPPING)
         return loss
 
     for _ in range(3):
         if with_closure:
-            assert same(wrapped.step(evaluate), base.step(evaluate_and_clip))  # type: ignore[arg-type]  # a Tensor, as in torch's examples
+            assert same(wrapped.step(evaluate), base.step(evaluate_and_clip))
         else:
             evaluate()
             evaluate_and_clip()
@@ -134,7 +134,7 @@ def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
     cls: Any, coalesced: bool
 ) -> None:
     (ours,), (theirs,) = parameters([(7, 4)]), parameters([(7, 4)])
-    wrapped, base = AGC(cls([ours], lr=0.1), CLIPPING), cls([theirs], lr=0.1)
+    wrapped, base = AGC(cls([ours], lr=0.1), clipping=CLIPPING), cls([theirs], lr=0.1)
     for seed in range(3):
         values = grad_like(torch.empty(5, 4), seed)
         for param in (ours, theirs):
@@ -142,7 +142,7 @@ def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
                 torch.tensor([[5, 1, 5, 2, 1]]), values.clone(), (7, 4), check_invariants=True
             )
             param.grad = grad.coalesce() if coalesced else grad
-        adaptive_clip_grad_(theirs, CLIPPING)
+        adaptive_clip_grad_(theirs, clipping=CLIPPING)
         wrapped.step()
         base.step()
     assert same(ours, theirs)
@@ -153,15 +153,15 @@ def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
 
 def test_third_party_optimizers_keep_their_own_ways() -> None:
     ours, theirs = parameters(), parameters()
-    wrapped, base = AGC(SharpnessAware(ours), CLIPPING), SharpnessAware(theirs)
+    wrapped, base = AGC(SharpnessAware(ours), clipping=CLIPPING), SharpnessAware(theirs)
 
     def evaluate_and_clip() -> Tensor:
         loss = backward(theirs)
-        adaptive_clip_grad_(theirs, CLIPPING)
+        adaptive_clip_grad_(theirs, clipping=CLIPPING)
         return loss
 
     for _ in range(3):
-        ours_loss = wrapped.step(lambda: backward(ours))  # type: ignore[arg-type, return-value]  # a Tensor, as in torch's examples
+        ours_loss = wrapped.step(lambda: backward(ours))
         assert same(ours_loss, base.step(evaluate_and_clip))  # type: ignore[arg-type]  # likewise
     assert same(ours, theirs)
     assert wrapped.evaluate() == base.evaluate()
@@ -195,12 +195,12 @@ class Lookahead(Optimizer):
 @pytest.mark.parametrize("with_closure", [False, True])
 def test_a_base_that_wraps_another_and_calls_no_hooks_is_clipped(with_closure: bool) -> None:
     (ours, inner), (theirs, expected) = sgd(), sgd()
-    wrapped, base = AGC(Lookahead(inner), CLIPPING), Lookahead(expected)
+    wrapped, base = AGC(Lookahead(inner), clipping=CLIPPING), Lookahead(expected)
     for seed in range(3):
         backward(ours, seed)
-        wrapped.step((lambda: 0.0) if with_closure else None)
+        wrapped.step((lambda seed=seed: backward(ours, seed)) if with_closure else None)
         backward(theirs, seed)
-        adaptive_clip_grad_(theirs, CLIPPING)
+        adaptive_clip_grad_(theirs, clipping=CLIPPING)
         base.step()
     assert same(ours, theirs)
     assert same(inner.state_dict()["state"], expected.state_dict()["state"])
