@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -17,6 +16,8 @@ from agc_triton.rule import Work
 from agc_triton.units import count_units, has_units
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from agc_triton.dispatch import Bucket
 
 COLUMNS = [
@@ -25,8 +26,19 @@ COLUMNS = [
 ]
 
 
-def explain(work: Work, bandwidth: float) -> pd.DataFrame:
-    """The table behind `AGCOptimizer.explain`: every parameter, with or without a gradient."""
+def explain(work: Work, bandwidth: float) -> DataFrame:
+    """The table behind `AGCOptimizer.explain`: every parameter, with or without a gradient.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas as pd  # it takes longer to import than all of this package
+    except ImportError as error:
+        raise ImportError(
+            f"explain() makes a pandas.DataFrame, and pandas cannot be imported ({error}); install"
+            " it with: pip install pandas"
+        ) from error
     taken: list[list[Tensor]] = []
     others: defaultdict[tuple[str, str, str], list[tuple[Tensor, int, int]]] = defaultdict(list)
     for index, group in enumerate(work.groups):

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from agc_triton.dispatch import Paths
+from agc_triton.explain import explain
 from agc_triton.nonfinite import check_nonfinite
 from agc_triton.optim.attributes import CheckedOption
 from agc_triton.optim.documentation import AGC_DOC
@@ -211,9 +212,10 @@ class AGCOptimizer(Optimizer):
         Returns:
             columns backend, why, device, dtype, class, tensors, units, elements, tile (rows x
             columns x chunks), num_warps, bytes, launches (of this package's kernels), floor_ms.
-        """
-        from agc_triton.explain import explain  # pandas takes longer to import than all of this
 
+        Raises:
+            ImportError: pandas is not installed; nothing else here needs it.
+        """
         return explain(self._work(), bandwidth)
 
     def _work(self) -> Work:
