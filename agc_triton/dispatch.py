@@ -24,7 +24,8 @@ from agc_triton.versions import count_writes
 
 if TYPE_CHECKING:
     from agc_triton.triton_path.buckets import Bucket as Bucket
-    from agc_triton.triton_path.plan import Preview, TritonPlan
+    from agc_triton.triton_path.plan import Preview as Preview
+    from agc_triton.triton_path.plan import TritonPlan
 
 
 class Paths:

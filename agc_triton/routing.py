@@ -140,6 +140,8 @@ def _why_torch(work: Work, group: Mapping[str, Any], param: Tensor) -> str | Non
         return f"its units (unit_dim={group['unit_dim']}) are scattered in memory"
     if grad is not None and grad.layout is not torch.strided:
         return "its gradient is sparse"
+    if grad is not None and grad.dtype.to_real() not in DTYPES:
+        return f"its gradient's dtype is {grad.dtype}"
     return None
 
 

@@ -98,7 +98,8 @@ def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfin
     """Check that a group's gradients can be clipped by an optimizer of this name.
 
     Raises:
-        RuntimeError: one is sparse, or its dtype, device or shape is not its parameter's.
+        RuntimeError: one is sparse, or its device or shape is not its parameter's, or its dtype is
+            not of the same kind.
     """
     for i, param in enumerate(group["params"]):
         grad = param.grad
@@ -120,9 +121,12 @@ def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int
     """Check that a dense gradient can be clipped against its parameter.
 
     Raises:
-        RuntimeError: dtype, device or shape differ.
+        RuntimeError: device or shape differ, or one of both is complex, or no floating number.
     """
-    _check_alike(param, grad, "the gradient's", "make them equal before step()", group, index, i)
+    remedy = "make them equal before step()"
+    kinds = {(dtype.is_complex, dtype.is_floating_point) for dtype in (param.dtype, grad.dtype)}
+    what = ("device", "shape") if len(kinds) == 1 else ("dtype", "device", "shape")
+    _check_alike(param, grad, "the gradient's", remedy, group, index, i, what)
 
 
 def check_placements(param: Any, grad: Any, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -199,12 +203,10 @@ def _check_alike(
     group: Mapping[str, Any],
     index: int,
     i: int,
+    attributes: Sequence[str] = ("dtype", "device", "shape"),
 ) -> None:
-    for what, ours, theirs in (
-        ("dtype", param.dtype, other.dtype),
-        ("device", param.device, other.device),
-        ("shape", param.shape, other.shape),
-    ):
+    for what in attributes:
+        ours, theirs = getattr(param, what), getattr(other, what)
         if ours != theirs:
             raise RuntimeError(
                 f"{whose} {what} ({theirs}) differs from the parameter's ({ours}) for"

@@ -121,4 +121,4 @@ class SplitStep:
         key, start, units, shape = self._sums[id(param)]
         of_both = self._buffers[key][start : start + 2 * units]
         p_norm, g_norm = (sums.sqrt().view(shape) for sums in (of_both[:units], of_both[units:]))
-        return (self._unscaled(grad) * clip_factors(p_norm, g_norm, clip)).to(grad.dtype)
+        return (self._unscaled(grad) * clip_factors(p_norm, g_norm, clip)).to(param.dtype)

@@ -17,6 +17,7 @@ from agc_triton.rule import KernelRule, Work
 from agc_triton.sharded import is_sharded, local
 from agc_triton.snapshot import Look
 from agc_triton.triton_path.buckets import Bucket, TensorUnits, plan_buckets
+from agc_triton.triton_path.gradients import grad_dtype
 from agc_triton.triton_path.launch_group import ACCESS, LaunchGroup, Member, kernel_layout
 from agc_triton.triton_path.scalars import OwnScalars, on_device
 from agc_triton.units import memory_order
@@ -160,10 +161,11 @@ class TritonPlan:
 
 
 class Preview(NamedTuple):
-    """What is launched for parameters of one device and dtype."""
+    """What is launched for parameters of one device and dtype, ``grad`` their gradients'."""
 
     device: torch.device
     dtype: torch.dtype
+    grad: torch.dtype
     states: int
     buckets: tuple[Bucket, ...]
 
@@ -178,15 +180,16 @@ def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
             units = TensorUnits(layout, local(p).data_ptr() % ACCESS == 0, index)
             found[launch_key(rule, p, group)].append(units)
     previews = []
-    for (device, dtype, _, states), tensors in found.items():
+    for (device, (dtype, grad), _, states), tensors in found.items():
         buckets = plan_buckets(tensors, dtype.to_real().itemsize, states).buckets
-        previews.append(Preview(device, dtype, states, buckets))
+        previews.append(Preview(device, dtype, grad, states, buckets))
     return previews
 
 
 def launch_key(rule: KernelRule, param: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the parameters that are launched together have in common."""
-    return param.device, param.dtype, rule.flags(group), len(rule.states(group))
+    dtypes = param.dtype, grad_dtype(param)
+    return param.device, dtypes, rule.flags(group), len(rule.states(group))
 
 
 def _picker(

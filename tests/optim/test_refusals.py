@@ -29,8 +29,8 @@ def two_groups() -> list[dict[str, Any]]:
 all_targets = pytest.mark.parametrize("target", TARGETS)
 
 
-def other_dtype(param: Parameter) -> None:
-    param.data = param.data.double()
+def other_kind(param: Parameter) -> None:
+    param.data = param.data.to(torch.complex64)
 
 
 def other_shape(param: Parameter) -> None:
@@ -70,7 +70,7 @@ def fsdp1_original(param: Parameter) -> None:
 
 
 DIFFERENT: list[Any] = [
-    (other_dtype, RuntimeError, ("dtype", "torch.float32", "torch.float64", "make them equal")),
+    (other_kind, RuntimeError, ("dtype", "torch.float32", "torch.complex64", "make them equal")),
     (other_shape, RuntimeError, ("shape", "[4, 3]", "[2, 6]", "make them equal")),
     (fsdp1, TypeError, ("FSDP1", "fully_shard", "clipping=0")),
     (fsdp1_original, TypeError, ("FSDP1", "fully_shard", "clipping=0")),
