@@ -20,6 +20,7 @@ NEEDED = {
     "benchmarks": ("matplotlib", "pandas", "sklearn", "tqdm"),
     "gpu/test_benchmarks.py": ("matplotlib", "pandas", "tqdm"),
     "meta": ("grimp", "importlinter", "pandas"),
+    "meta/test_typing.py": ("basedpyright", "mypy"),
     "test_explain.py": ("pandas",),
     "triton_path/test_buckets.py": ("pandas",),
 }

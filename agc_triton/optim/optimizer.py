@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
@@ -14,7 +13,7 @@ from agc_triton.dispatch import Paths
 from agc_triton.explain import explain
 from agc_triton.nonfinite import check_nonfinite
 from agc_triton.optim.attributes import CheckedOption
-from agc_triton.optim.documentation import AGC_DOC
+from agc_triton.optim.documentation import documented, merged_signature
 from agc_triton.optim.groups import check_keys, name_unnamed
 from agc_triton.options import AGC_OPTIONS, check_level
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
@@ -58,11 +57,10 @@ class AGCOptimizer(Optimizer):
         super().__init_subclass__()
         if "rule" not in vars(cls):  # a user's subclass speaks for itself
             return
-        ours = inspect.signature(AGCOptimizer.__init__).parameters.values()
-        _, *theirs = inspect.signature(super().__init__).parameters.values()
-        merged = [*theirs, *(p for p in ours if p.kind is p.KEYWORD_ONLY)]
-        cls.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]  # inspect's own
-        cls.__doc__ = f"{cls.__doc__}\n{AGC_DOC}"
+        torchs = next(base for base in cls.__bases__ if not issubclass(base, AGCOptimizer))
+        signature = merged_signature(torchs.__init__, AGCOptimizer.__init__)
+        cls.__signature__ = signature  # type: ignore[attr-defined]  # inspect's own
+        cls.__doc__ = documented(cls.__doc__, torchs.__doc__)
 
     def __init__(
         self,
