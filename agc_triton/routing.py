@@ -42,7 +42,11 @@ def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"Invalid backend: {backend!r}; it must be one of {', '.join(BACKENDS)}")
     if backend == "triton" and (reason := kernels_missing()):
-        raise RuntimeError(f"backend='triton' cannot be used: {reason}; use backend='torch'")
+        needed = ".".join(map(str, TRITON_NEEDED))
+        raise RuntimeError(
+            f"backend='triton' cannot be used: {reason}; install triton {needed} or later, which"
+            " comes with PyTorch 2.11 and later, or use backend='torch'"
+        )
 
 
 @functools.cache
@@ -179,15 +183,28 @@ def eligible(work: Work, index: int) -> list[Tensor]:
             continue
         elif backend == "triton":
             name = tensor_name(group, index, i)
-            raise RuntimeError(f"backend='triton' cannot step {name}: {reason}")
+            raise RuntimeError(
+                f"backend='triton' cannot step {name}: {reason}; change that, or use"
+                " backend='auto', which steps it on the torch path"
+            )
         elif param.is_cuda and reason not in (backend, asks_for_torch(group)):
-            _warn_once(f"CUDA parameters take the torch path: {reason}")
+            _warn_once(reason, tensor_name(group, index, i))
     return taken
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str, name: str) -> None:
     """Warn at the line outside this package and torch that the step comes from."""
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    message = (
+        f"{name} is on a GPU and takes the torch path, which is slower: {reason}. Others may do so"
+        " for the same reason, which optimizer.explain() counts; foreach=True in their group, or"
+        " backend='torch' for all, says that this is meant"
+    )
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals["__name__"].split(".")[0] in WITHIN:
         level, frame = level + 1, frame.f_back

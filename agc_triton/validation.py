@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton.options import AGC_OPTIONS, check_level
+from agc_triton.options import check_level
 from agc_triton.rule import KernelRule
 from agc_triton.sharded import is_sharded, placed_alike
 from agc_triton.units import UnitDim, dims_and_parts, unit_axes
@@ -30,7 +30,7 @@ def check_options(
         TypeError: a value of the wrong type.
         ValueError: a value out of range, or an option of whole optimizers.
     """
-    clipping, agc_eps, unit_dim = (options[key] for key in AGC_OPTIONS)
+    clipping, agc_eps, unit_dim = options["clipping"], options["agc_eps"], options["unit_dim"]
     where = "" if index is None else f" in parameter group {index}"
     check_level(options, where, known)
     if clipping is not None and not _is_real(clipping):
@@ -109,12 +109,20 @@ def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfin
             raise RuntimeError(
                 f"{optimizer} does not support sparse gradients, as of"
                 f" {tensor_name(group, index, i)}; wrap an optimizer that does"
-                " (agc_triton.AGC(torch.optim.SparseAdam(...))), or set clipping=0"
-                f"{' without skip_unit' if nonfinite == 'skip_unit' else ''}"
+                f" (agc_triton.AGC(torch.optim.SparseAdam(...))), or {_UNCLIPPED[nonfinite]}"
             )
         check_grad(param, grad, group, index, i)
         if is_sharded(param):
             check_placements(param, grad, group, index, i)
+
+
+# What leaves a gradient to torch, by ``nonfinite``.
+_UNCLIPPED = {
+    "propagate": "set clipping=0 in its group",
+    "raise": "set clipping=0 in its group",
+    "skip_unit": "set clipping=0 in its group and nonfinite='propagate', as its units are looked at"
+    " for NaN with clipping=0 too",
+}
 
 
 def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:

@@ -229,7 +229,11 @@ class AGCOptimizer(Optimizer):
         )
 
     def _batches(self, group: dict[str, Any]) -> Batches:
-        """What has a gradient, with its state (created by torch's `_init_group`) and options."""
+        """What has a gradient, with its state and options; states that are missing are created.
+
+        By torch's `_init_group`, or where a base has none by the subclass itself: one entry per key
+        of the rule's `KernelRule` in ``self.state[param]``, in the parameter's dtype and layout.
+        """
         raise NotImplementedError
 
     def _graph_capture_check(self) -> None:

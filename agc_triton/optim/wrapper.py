@@ -274,10 +274,10 @@ def _named(positional: tuple[Any, ...], options: dict[str, Any]) -> dict[str, An
     Raises:
         TypeError: there are more than three, or one is given by name as well.
     """
-    if len(positional) > len(AGC_OPTIONS):
-        raise TypeError(f"AGC takes an optimizer and options by name, not {positional}")
-    named = dict(zip(AGC_OPTIONS, positional, strict=False))
     usual = {"clipping": CLIPPING, "agc_eps": AGC_EPS, "unit_dim": None}
+    if len(positional) > len(usual):
+        raise TypeError(f"AGC takes an optimizer and options by name, not {positional}")
+    named = dict(zip(usual, positional, strict=False))
     for key in named:
         if options[key] != usual[key]:
             raise TypeError(f"AGC got two values for {key}, one of them by position")

@@ -19,6 +19,7 @@ from agc_triton.kernels import abi
 from agc_triton.norms import Clip
 from agc_triton.rule import KernelRule, number
 from agc_triton.sharded import is_sharded, local
+from agc_triton.snapshot import bug
 from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
 from agc_triton.triton_path.gradients import Gradients, grad_dtype
 from agc_triton.triton_path.launches import Kernel, StepLauncher
@@ -111,7 +112,7 @@ class LaunchGroup:
         addresses = [list(map(Tensor.data_ptr, role)) for role in tensors]
         grads = self._grads.read(owners)
         if grads is None:
-            raise AssertionError("gradients that were checked do not fit; please report this")
+            raise bug("gradients that were checked do not fit")
         first_state = abi.SCALARS + rule.n_scalars
         self.tables = Tables(first_state + n_states, len(params), len(groups), self.device)
         host = self.tables.host_addresses
