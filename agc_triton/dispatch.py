@@ -17,6 +17,7 @@ from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Work
 from agc_triton.sharded import Kind, is_sharded
 from agc_triton.snapshot import Cached
 from agc_triton.torch_path import step as torch_path
+from agc_triton.torch_path.merging import Merged, merged
 from agc_triton.torch_path.plan import BlockPlan
 from agc_triton.torch_path.split import SplitStep
 from agc_triton.validation import check_gradients, check_group, check_options, check_shapes
@@ -79,26 +80,31 @@ class Paths:
     ) -> list[Callable[[], None]]:
         """What updates these groups on the torch path, all of it checked before any of it runs."""
         scaler = None if grad_scale is None else grad_scale.reshape(()), found_inf
+        together = merged(groups)
         # All states of all groups are created before any is updated.
-        collected = [_collect(work, group) for _, group in groups]
-        updates: list[Callable[[], None]] = []
-        for (index, group), batches in zip(groups, collected, strict=True):
+        collected = [_collect(work, group) for _, group in together]
+        for index, group in groups:
             check_options(group, index)
+        updates: list[Callable[[], None]] = []
+        used: set[tuple[int, int]] = set()
+        for several, batches in zip(together, collected, strict=True):
+            group, first = several.group, several.indices[0]
             clip = Clip.of(group, skipped) if work.needs_units(group) else None
-            here = self._here(work, index, batches, clip, split, updates)
+            here = self._here(work, several, batches, clip, split, updates)
             for at, (lists, options) in enumerate(here):
                 given = lists, options, clip
                 if lists.params:
-                    plan = self._blocks_of((index, at), work, *given)
+                    used.add((first, at))
+                    plan = self._blocks_of((first, at), work, several, *given)
                     updates.append(torch_path.prepare(work.rule, plan, *given, *scaler))
-                else:
-                    self.blocks.pop((index, at), None)
+        if groups and len(used) < len(self.blocks):  # a step that is skipped drops nothing
+            self.blocks = {at: plan for at, plan in self.blocks.items() if at in used}
         return updates
 
     def _here(
         self,
         work: Work,
-        index: int,
+        several: Merged,
         batches: Batches,
         clip: Clip | None,
         split: SplitStep,
@@ -109,10 +115,10 @@ class Paths:
         What is split between ranks goes to ``split``; autograd, which knows the DTensors, is told
         of the writes to all of them.
         """
-        group = work.groups[index]
+        group = several.group
         if clip is None or not any(map(is_sharded, group["params"])):
             return batches
-        _check(work, index)
+        _check(work, *several.indices)
         kinds = {id(param): work.kind_of(param, group) for param in group["params"]}
         split.add([p for p in group["params"] if kinds[id(p)] is Kind.SPLIT], clip)
         here: Batches = []
@@ -127,9 +133,11 @@ class Paths:
             here += [(of_kind[Kind.WHOLE].local(), options), (of_kind[Kind.OTHER], options)]
         return here
 
-    def _blocks_of(self, at: tuple[int, int], work: Work, *given: Any) -> BlockPlan:
+    def _blocks_of(
+        self, at: tuple[int, int], work: Work, several: Merged, *given: Any
+    ) -> BlockPlan:
         def make() -> BlockPlan:
-            _check(work, at[0])
+            _check(work, *several.indices)
             _bring_counts(work, *given[:2])
             return BlockPlan(*given)
 
@@ -284,18 +292,18 @@ def _bring_counts(work: Work, lists: TensorLists, options: Mapping[str, Any]) ->
 
 
 def _check_all(work: Work) -> None:
-    for index in range(len(work.groups)):
-        _check(work, index)
+    _check(work, *range(len(work.groups)))
 
 
-def _check(work: Work, index: int) -> None:
-    """Check a group before it is planned for."""
-    group = work.groups[index]
-    units = work.needs_units(group)
-    check_group(group, index, units=units)
-    if units:
-        check_gradients(group, index, work.name, work.nonfinite)
-    check_shapes(group, index, work.rule.kernel.states(group), work.state)
+def _check(work: Work, *indices: int) -> None:
+    """Check groups before they are planned for."""
+    for index in indices:
+        group = work.groups[index]
+        units = work.needs_units(group)
+        check_group(group, index, units=units)
+        if units:
+            check_gradients(group, index, work.name, work.nonfinite)
+        check_shapes(group, index, work.rule.kernel.states(group), work.state)
 
 
 def _check_finite(work: Work, found_inf: Tensor | None, capturing: bool) -> None:
