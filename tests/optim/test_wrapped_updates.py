@@ -13,42 +13,11 @@ from torch.optim import SGD, Optimizer
 
 from agc_triton import AGC, SGD_AGC, adaptive_clip_grad_
 from tests.optim.test_errors import assert_says
+from tests.support.bases import SAM
 from tests.support.checks import nothing_changes
 from tests.support.tensors import grad_like, parameters, same, set_grads
 
 CLIPPING = 0.02
-
-
-class SAM(Optimizer):
-    """As davda54/sam: step() needs a closure, and uses the gradients that are there first."""
-
-    def __init__(self, params: Any, base: Any, rho: float = 0.05, **options: Any) -> None:
-        super().__init__(params, {"rho": rho, **options})
-        self.base_optimizer = base(self.param_groups, **options)
-        self.param_groups = self.base_optimizer.param_groups
-
-    def moves(self) -> list[tuple[Tensor, Tensor]]:
-        params = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.stack([p.grad.norm() for p in params]).norm()
-        return [(p, p.grad * (self.defaults["rho"] / norm)) for p in params]
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        self.moved = self.moves()
-        for p, move in self.moved:
-            p.add_(move)
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        for p, move in self.moved:
-            p.sub_(move)
-        self.base_optimizer.step()
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> None:  # type: ignore[override]  # it needs one
-        self.first_step()
-        torch.enable_grad()(closure)()
-        self.second_step()
 
 
 class ClosureLater(Optimizer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import StepLR
 
 from agc_triton import AGC, adaptive_clip_grad_
+from tests.support.bases import Lookahead
 from tests.support.tensors import grad_like, parameters, same, set_grads
 from tests.support.training import train
 
@@ -172,24 +172,6 @@ def test_third_party_optimizers_keep_their_own_ways() -> None:
     again.load_state_dict(saved)
     assert again.updates == 3
     assert again.param_groups[0]["clipping"] == CLIPPING
-
-
-class Lookahead(Optimizer):
-    """As timm's: around another optimizer, without torch's constructor, with hooks never called."""
-
-    def __init__(self, inner: Optimizer) -> None:
-        self._optimizer_step_pre_hooks: dict[int, Any] = OrderedDict()
-        self.inner, self.defaults = inner, {**inner.defaults, "alpha": 0.5}
-        self.param_groups, self.state = inner.param_groups, inner.state
-        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
-        loss = self.inner.step(closure) if closure else self.inner.step()
-        params = [p for g in self.param_groups for p in g["params"]]
-        for p, slow in zip(params, self.slow, strict=True):
-            p.copy_(slow.lerp_(p, 0.5))
-        return loss
 
 
 @pytest.mark.parametrize("with_closure", [False, True])
