@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agc_triton.nonfinite import SkippedUnits, check_finite
 from agc_triton.norms import Clip
+from agc_triton.options import check_levels
 from agc_triton.routing import eligible, wants_triton
 from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Work
 from agc_triton.sharded import Kind, is_sharded
@@ -49,6 +50,7 @@ class Paths:
             RuntimeError, TypeError, ValueError: as `AGCOptimizer.step`; nothing has been changed.
         """
         capturing = is_capturing()
+        check_levels(work.groups, work.own)
         if work.nonfinite == "raise":
             _check_finite(work, found_inf, capturing)
         skipped = self.skipped if work.nonfinite == "skip_unit" else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
 
@@ -30,15 +31,28 @@ def check_spelling(keys: Iterable[object], where: str, known: Container[object] 
             raise ValueError(f"unknown option {key!r}{where}; did you mean {near[0]!r}?")
 
 
-def check_level(keys: Container[object], where: str, known: Container[object] = ()) -> None:
+def check_level(
+    group: Mapping[str, Any], where: str, own: Mapping[str, Any], known: Container[object] = ()
+) -> None:
     """Check that a group sets nothing that is the whole optimizer's; ``where`` ends the message.
 
+    It may say what the optimizer says, ``own``, as torch's ZeroRedundancyOptimizer writes all
+    arguments into groups; and what is ``known`` to an optimizer that AGC is around is that one's.
+
     Raises:
-        ValueError: it does, and the optimizer's own groups know no such option.
+        ValueError: it does.
     """
     for key in OF_OPTIMIZERS:
-        if key in keys and key not in known:
+        if key in group and key not in known and group[key] != own.get(key):
             raise ValueError(
                 f"{key!r} cannot be set{where}: it holds for all groups; pass it to the optimizer,"
                 f" or set optimizer.{key}"
             )
+
+
+def check_levels(
+    groups: Iterable[Mapping[str, Any]], own: Mapping[str, Any], known: Container[object] = ()
+) -> None:
+    """The same for all groups of an optimizer, as they are or as a checkpoint has them."""
+    for index, group in enumerate(groups):
+        check_level(group, f" in parameter group {index}", own, known)

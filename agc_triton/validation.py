@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton.options import check_level
 from agc_triton.rule import KernelRule
 from agc_triton.sharded import is_sharded, placed_alike
 from agc_triton.units import UnitDim, dims_and_parts, unit_axes
@@ -19,20 +18,15 @@ from agc_triton.units import UnitDim, dims_and_parts, unit_axes
 LARGEST = torch.finfo(torch.float32).max
 
 
-def check_options(
-    options: Mapping[str, Any], index: int | None = None, known: Container[object] = ()
-) -> None:
+def check_options(options: Mapping[str, Any], index: int | None = None) -> None:
     """Check ``clipping``, ``agc_eps`` and ``unit_dim``, of the parameter group of this index.
-
-    ``known`` are options of an optimizer that AGC is around.
 
     Raises:
         TypeError: a value of the wrong type.
-        ValueError: a value out of range, or an option of whole optimizers.
+        ValueError: a value out of range.
     """
     clipping, agc_eps, unit_dim = options["clipping"], options["agc_eps"], options["unit_dim"]
     where = "" if index is None else f" in parameter group {index}"
-    check_level(options, where, known)
     if clipping is not None and not _is_real(clipping):
         raise TypeError(f"clipping must be a float or None, not {type(clipping).__name__}{where}")
     if clipping is not None and not clipping >= 0.0:
@@ -57,16 +51,14 @@ def check_options(
             raise TypeError(f"{error}{where}") from None
 
 
-def check_group(
-    group: Mapping[str, Any], index: int, *, units: bool, known: Container[object] = ()
-) -> None:
+def check_group(group: Mapping[str, Any], index: int, *, units: bool) -> None:
     """Check one parameter group's AGC options and, if needed, whether its parameters have units.
 
     Raises:
         TypeError: an option of the wrong type, or an FSDP1 flat parameter.
-        ValueError: as `check_options`.
+        ValueError: an option out of range.
     """
-    check_options(group, index, known)
+    check_options(group, index)
     for i, param in enumerate(group["params"] if units else ()):
         # A parameter without a shape yet is checked at the step of its first gradient.
         if not is_lazy(param):

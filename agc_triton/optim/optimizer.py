@@ -15,7 +15,7 @@ from agc_triton.nonfinite import check_nonfinite
 from agc_triton.optim.attributes import CheckedOption
 from agc_triton.optim.documentation import documented, merged_signature
 from agc_triton.optim.groups import check_keys, name_unnamed
-from agc_triton.options import AGC_OPTIONS, check_level
+from agc_triton.options import AGC_OPTIONS, check_levels
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
 from agc_triton.rule import Batches, Rule, Work
 from agc_triton.units import UnitDim
@@ -91,7 +91,7 @@ class AGCOptimizer(Optimizer):
         # torch.optim builds ``defaults`` itself and calls this from its constructor.
         for key, value in self._agc_defaults.items():
             self.defaults.setdefault(key, value)
-        check_keys(param_group, len(self.param_groups), self.defaults)
+        check_keys(param_group, len(self.param_groups), self._work().own, self.defaults)
         if not self._constructing:  # groups made together are named together
             name_unnamed(param_group, self.param_groups)
         super().add_param_group(param_group)
@@ -122,8 +122,8 @@ class AGCOptimizer(Optimizer):
             self.defaults = {**self._agc_defaults, **self.defaults}
             self._fill_groups(before)
             if kept:
+                check_levels(self.param_groups, self._work().own)
                 for index, group in enumerate(self.param_groups):
-                    check_level(group, f" in parameter group {index}")
                     check_loaded(self.rule.kernel, self.state, group, index)
             self._paths.release()
         except BaseException:

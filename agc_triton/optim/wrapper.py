@@ -15,7 +15,7 @@ from agc_triton.nonfinite import check_finite, check_nonfinite
 from agc_triton.optim.attributes import CheckedOption
 from agc_triton.optim.groups import check_keys, name_unnamed
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer, Loss
-from agc_triton.options import AGC_OPTIONS, check_level
+from agc_triton.options import AGC_OPTIONS, check_levels
 from agc_triton.routing import check_backend
 from agc_triton.units import UnitDim
 from agc_triton.validation import check_group
@@ -79,8 +79,8 @@ class AGC(Optimizer):
             options |= _named(positional, options)
         self.backend, self.nonfinite = backend, nonfinite
         for index, group in enumerate(optimizer.param_groups):
-            check_keys(group, index, optimizer.defaults)
-            _check_group({**options, **group}, index, optimizer.defaults)
+            check_keys(group, index, self._own, optimizer.defaults)
+            _check_group({**options, **group}, index)
         self.optimizer = optimizer
         self._clipper = Clipper()
         self._known: list[dict[str, Any]] = []
@@ -138,8 +138,9 @@ class AGC(Optimizer):
     def _clip(self, stale: bool = False) -> None:
         """Clip in place; ``stale`` gradients, of the last evaluation maybe, need not be finite."""
         self._fill_groups()
+        check_levels(self.param_groups, self._own, self.defaults)
         for index, group in enumerate(self.param_groups):
-            _check_group(group, index, self.defaults)
+            _check_group(group, index)
         if self.nonfinite == "raise" and not stale:
             check_finite(self.param_groups)
         clip_groups_(self.param_groups, self.backend, self._clipper)
@@ -150,11 +151,11 @@ class AGC(Optimizer):
         Raises:
             ValueError, TypeError: as the constructor; the base is then unchanged.
         """
-        check_keys(param_group, len(self.param_groups), self.defaults)
+        check_keys(param_group, len(self.param_groups), self._own, self.defaults)
         name_unnamed(param_group, self.param_groups)
         self.optimizer.add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1], len(self.param_groups) - 1, self.defaults)
+            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -173,8 +174,7 @@ class AGC(Optimizer):
         Raises:
             ValueError: a group sets what is the whole optimizer's; nothing is loaded then.
         """
-        for index, group in enumerate(state_dict.get("param_groups", ())):
-            check_level(group, f" in parameter group {index} of the checkpoint", self.defaults)
+        check_levels(state_dict.get("param_groups", ()), self._own, self.defaults)
         self._fill_groups()
         self.optimizer.load_state_dict(state_dict)
         self._fill_groups()
@@ -186,6 +186,10 @@ class AGC(Optimizer):
             for key in AGC_OPTIONS:
                 group.setdefault(key, known[key])
         self._known = [{key: group[key] for key in AGC_OPTIONS} for group in self.param_groups]
+
+    @property
+    def _own(self) -> dict[str, str]:
+        return {"backend": self.backend, "nonfinite": self.nonfinite}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -244,8 +248,8 @@ class AGC(Optimizer):
         return f"AGC({self.optimizer!r})"
 
 
-def _check_group(group: dict[str, Any], index: int, known: dict[str, Any]) -> None:
-    check_group(group, index, units=bool(group["clipping"]), known=known)
+def _check_group(group: dict[str, Any], index: int) -> None:
+    check_group(group, index, units=bool(group["clipping"]))
 
 
 def _check_base(optimizer: Optimizer) -> None:

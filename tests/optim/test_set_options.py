@@ -111,6 +111,19 @@ def test_a_group_that_sets_them_between_steps_is_refused(target: Any, key: str) 
     train(optimizer, params, range(1, 2))
 
 
+@all_targets
+def test_a_group_may_say_what_the_optimizer_says(target: Any) -> None:
+    # As torch's ZeroRedundancyOptimizer writes all arguments into groups, before each step too.
+    params = parameters()
+    optimizer = target([{"params": params, "backend": "torch"}], backend="torch")
+    optimizer.param_groups[0]["nonfinite"] = "propagate"
+    train(optimizer, params, range(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.backend = "auto"
+    with pytest.raises(ValueError, match="'backend' cannot be set in parameter group 0"):
+        optimizer.step()
+
+
 class WithBackend(SGD):
     """As a base that has an option of that name itself."""
 

@@ -68,6 +68,7 @@ def test_defaults_alone_are_those_of_groups_to_come(name: str, make: Any) -> Non
     optimizer = make(name, [first], KERNELS.backend)
     defaults = BASES[name]([first], **{**STATEFUL[name], "lr": 0.25}).defaults
     optimizer.__setstate__({"defaults": defaults})
+    assert optimizer.defaults["clipping"] == CLIPPING
     optimizer.add_param_group({"params": [second]})
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
     assert [group["clipping"] for group in optimizer.param_groups] == [CLIPPING] * 2
