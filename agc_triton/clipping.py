@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agc_triton.dispatch import Clipper
 from agc_triton.norms import Clip, clip_factors, norms_over, spread, unit_norms
+from agc_triton.options import AGC_OPTIONS
 from agc_triton.routing import check_backend
 from agc_triton.sharded import any_sharded
 from agc_triton.units import UnitDim, unit_axes
@@ -44,9 +45,9 @@ def unitwise_norm(tensor: Tensor, unit_dim: UnitDim = None) -> Tensor:
 @torch.no_grad()
 def adaptive_clip_grad_(
     parameters: Tensor | Iterable[Tensor],
+    *,
     clipping: float | None = 1e-2,
     agc_eps: float = 1e-3,
-    *,
     unit_dim: UnitDim = None,
     backend: str = "auto",
 ) -> None:
@@ -122,7 +123,8 @@ def clip_groups_(groups: Sequence[Mapping[str, Any]], backend: str, clipper: Cli
         sparse += [(p, Clip.of(group)) for p in others]
         if others:
             params = [p for p in params if p.grad is None or p.grad.layout is torch.strided]
-        dense.append({**group, "params": params})
+        names = {"param_names": group["param_names"]} if "param_names" in group else {}
+        dense.append({**{key: group[key] for key in AGC_OPTIONS}, **names, "params": params})
     clipper.clip_(dense, backend)
     for param, clip in sparse:
         _clip_sparse_rows_(param, clip)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agc_triton.exchange import CachedSharding, Exchange, Sharding
 from agc_triton.nonfinite import SkippedUnits, agreed, check_finite
+from agc_triton.options import check_levels
 from agc_triton.routing import eligible, wants_triton
 from agc_triton.rule import KernelRule, Rule, Work
 from agc_triton.snapshot import Cached
@@ -20,7 +21,8 @@ from agc_triton.validation import bring_gradients, check_work
 
 if TYPE_CHECKING:
     from agc_triton.triton_path.buckets import Bucket as Bucket
-    from agc_triton.triton_path.plan import Preview, TritonPlan
+    from agc_triton.triton_path.plan import Preview as Preview
+    from agc_triton.triton_path.plan import TritonPlan
 
 
 class Paths:
@@ -43,6 +45,7 @@ class Paths:
             RuntimeError, TypeError, ValueError: as `AGCOptimizer.step`; nothing has been changed.
         """
         capturing = is_capturing()
+        check_levels(work.groups, work.own)
         sharding = self._sharding.of(work)
         if sharding.kinds:
             bring_gradients(work.groups)

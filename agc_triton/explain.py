@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 import torch.distributed
 from torch import Tensor
@@ -19,7 +18,9 @@ from agc_triton.rule import Work
 from agc_triton.units import count_units, has_units
 
 if TYPE_CHECKING:
-    from agc_triton.dispatch import Bucket
+    from pandas import DataFrame
+
+    from agc_triton.dispatch import Bucket, Preview
 
 COLUMNS = [
     *("backend", "why", "device", "dtype", "class", "tensors", "units", "elements", "tile"),
@@ -27,8 +28,19 @@ COLUMNS = [
 ]
 
 
-def explain(work: Work, bandwidth: float) -> pd.DataFrame:
-    """The table behind `AGCOptimizer.explain`: every parameter, with or without a gradient."""
+def explain(work: Work, bandwidth: float) -> DataFrame:
+    """The table behind `AGCOptimizer.explain`: every parameter, with or without a gradient.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas as pd  # it takes longer to import than all of this package
+    except ImportError as error:
+        raise ImportError(
+            f"explain() makes a pandas.DataFrame, and pandas cannot be imported ({error}); install"
+            " it with: pip install pandas"
+        ) from error
     taken: list[list[Tensor]] = []
     others: defaultdict[tuple[str, str, str], list[tuple[Tensor, int, int]]] = defaultdict(list)
     for index, group in enumerate(work.groups):
@@ -48,7 +60,7 @@ def explain(work: Work, bandwidth: float) -> pd.DataFrame:
         if launched.folds:
             rows.append(_row("triton", "", *kind, "fold", units=launched.folds, launches=1))
         for bucket in launched.buckets:
-            described = _describe(bucket, launched.dtype, launched.states)
+            described = _describe(bucket, launched)
             rows.append(_row("triton", "", *kind, **described))
     exchange = sharding_of(work).exchange
     for pool, group, start, stop in exchange.collectives if exchange else ():
@@ -59,7 +71,7 @@ def explain(work: Work, bandwidth: float) -> pd.DataFrame:
             _row("torch.distributed", over, *kind, "all-reduce", units=stop - start, bytes=moved)
         )
     for (device, dtype, reason), members in others.items():
-        moved = sum(p.numel() * p.element_size() * (3 + 2 * states) for p, states, _ in members)
+        moved = sum(_bytes(p, states) for p, states, _ in members)
         sizes = {
             "tensors": len(members),
             "units": sum(units for _, _, units in members),
@@ -78,6 +90,13 @@ def _kind(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return str(device), str(dtype).removeprefix("torch.")
 
 
+def _bytes(param: Tensor, states: int) -> int:
+    """What torch moves: as the kernels for whole units."""
+    grad = param if param.grad is None else param.grad
+    itemsizes = param.element_size() * (2 + 2 * states) + grad.element_size()
+    return param.numel() * itemsizes
+
+
 def _units(param: Tensor, group: Mapping[str, Any]) -> int:
     """How many units a parameter has; 1 where its ``unit_dim`` means nothing."""
     if not has_units(param.shape, group["unit_dim"]):
@@ -85,8 +104,9 @@ def _units(param: Tensor, group: Mapping[str, Any]) -> int:
     return count_units(param.shape, group["unit_dim"])
 
 
-def _describe(bucket: Bucket, dtype: torch.dtype, states: int) -> dict[str, Any]:
-    shape, itemsize = bucket.shape, dtype.to_real().itemsize
+def _describe(bucket: Bucket, launched: Preview) -> dict[str, Any]:
+    shape, dtype = bucket.shape, launched.dtype
+    itemsize, grad_itemsize = dtype.to_real().itemsize, launched.grad.to_real().itemsize
     kind = "split" if shape.split else "registers" if shape.rows == 1 else "rows"
     kind += " shared" if shape.across else ""
     promises = " strided" if shape.strided else "" if shape.vector > 1 else " unaligned"
@@ -97,7 +117,7 @@ def _describe(bucket: Bucket, dtype: torch.dtype, states: int) -> dict[str, Any]
         "elements": bucket.elements * itemsize // dtype.itemsize,  # a complex one is two there
         "tile": f"{shape.rows} x {shape.columns} x {shape.chunks}",
         "num_warps": shape.num_warps,
-        "bytes": bucket.bytes_moved(itemsize, states),
+        "bytes": bucket.bytes_moved(itemsize, grad_itemsize, launched.states),
         "launches": 1,
     }
 

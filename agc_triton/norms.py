@@ -41,6 +41,14 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+def as_computed(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient of another dtype than its parameter's, in what that is clipped and updated in."""
+    if grad.dtype == param.dtype:
+        return grad
+    dtype = norm_dtype(param.dtype)
+    return grad.to(dtype.to_complex() if param.is_complex() else dtype)
+
+
 def unit_norms(tensor: Tensor, unit_dim: UnitDim) -> Tensor:
     """The L2 norm of each unit, accumulated in `norm_dtype`.
 
@@ -78,6 +86,7 @@ def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
     Source: Brock et al. 2021 (arXiv 2102.06171), equation 3. Where a norm is NaN it is 1. A unit to
     be skipped has the factor NaN, which no other has. ``p_norm`` may be overwritten.
     """
+    g_norm = g_norm.to(p_norm.dtype)
     if clip.clipping * clip.agc_eps >= 2 * SMALLEST and _is_plain(p_norm):
         # No norm over such a limit needs the guard, so NaN and infinity are all there is to mind:
         # the same numbers in fewer operations, each of which costs a block microseconds.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
+
+# What holds for all groups of an optimizer.
+OF_OPTIMIZERS = ("backend", "nonfinite")
 
 # Above what "eps", "clip" or "gradient_clipping" reach, under "agc_epsilon".
 _NEAR = 0.75
@@ -25,3 +29,30 @@ def check_spelling(keys: Iterable[object], where: str, known: Container[object] 
         plain = key.lower().replace("-", "_")
         if near := difflib.get_close_matches(plain, AGC_OPTIONS, n=1, cutoff=_NEAR):
             raise ValueError(f"unknown option {key!r}{where}; did you mean {near[0]!r}?")
+
+
+def check_level(
+    group: Mapping[str, Any], where: str, own: Mapping[str, Any], known: Container[object] = ()
+) -> None:
+    """Check that a group sets nothing that is the whole optimizer's; ``where`` ends the message.
+
+    It may say what the optimizer says, ``own``, as torch's ZeroRedundancyOptimizer writes all
+    arguments into groups; and what is ``known`` to an optimizer that AGC is around is that one's.
+
+    Raises:
+        ValueError: it does.
+    """
+    for key in OF_OPTIMIZERS:
+        if key in group and key not in known and group[key] != own.get(key):
+            raise ValueError(
+                f"{key!r} cannot be set{where}: it holds for all groups; pass it to the optimizer,"
+                f" or set optimizer.{key}"
+            )
+
+
+def check_levels(
+    groups: Iterable[Mapping[str, Any]], own: Mapping[str, Any], known: Container[object] = ()
+) -> None:
+    """The same for all groups of an optimizer, as they are or as a checkpoint has them."""
+    for index, group in enumerate(groups):
+        check_level(group, f" in parameter group {index}", own, known)

@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,11 @@ def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"Invalid backend: {backend!r}; it must be one of {', '.join(BACKENDS)}")
     if backend == "triton" and (reason := kernels_missing()):
-        raise RuntimeError(f"backend='triton' cannot be used: {reason}; use backend='torch'")
+        needed = ".".join(map(str, TRITON_NEEDED))
+        raise RuntimeError(
+            f"backend='triton' cannot be used: {reason}; install triton {needed} or later, which"
+            " comes with PyTorch 2.11 and later, or use backend='torch'"
+        )
 
 
 @functools.cache
@@ -133,13 +137,18 @@ def _why_torch(work: Work, group: Mapping[str, Any], param: Tensor) -> str | Non
         return f"its units (unit_dim={group['unit_dim']}) are scattered in memory"
     if grad is not None and grad.layout is not torch.strided:
         return "its gradient is sparse"
+    if grad is not None and grad.dtype.to_real() not in DTYPES:
+        return f"its gradient's dtype is {grad.dtype}"
     return None
 
 
-def may_use_triton(backend: str, params: list[Tensor]) -> bool:
-    """Whether any of these could be stepped by the kernels."""
-    wanted = backend == "triton" or (backend == "auto" and any(p.is_cuda for p in params))
-    return wanted and kernels_missing() is None
+def may_use_triton(backend: str, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the kernels could step parameters of these groups, and none asks for the torch path.
+
+    What they are to be stepped with together is seen at the step.
+    """
+    wanted = any(wants_triton(backend, group) for group in groups)
+    return wanted and not any(map(asks_for_torch, groups)) and kernels_missing() is None
 
 
 def wants_triton(backend: str, group: Mapping[str, Any]) -> bool:
@@ -167,15 +176,28 @@ def eligible(work: Work, index: int) -> list[Tensor]:
             continue
         elif backend == "triton":
             name = tensor_name(group, index, i)
-            raise RuntimeError(f"backend='triton' cannot step {name}: {reason}")
+            raise RuntimeError(
+                f"backend='triton' cannot step {name}: {reason}; change that, or use"
+                " backend='auto', which steps it on the torch path"
+            )
         elif param.is_cuda and reason not in (backend, asks_for_torch(group)):
-            _warn_once(f"CUDA parameters take the torch path: {reason}")
+            _warn_once(reason, tensor_name(group, index, i))
     return taken
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str, name: str) -> None:
     """Warn at the line outside this package and torch that the step comes from."""
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    message = (
+        f"{name} is on a GPU and takes the torch path, which is slower: {reason}. Others may do so"
+        " for the same reason, which optimizer.explain() counts; foreach=True in their group, or"
+        " backend='torch' for all, says that this is meant"
+    )
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals["__name__"].split(".")[0] in WITHIN:
         level, frame = level + 1, frame.f_back

@@ -105,6 +105,11 @@ class Work(NamedTuple):
     backend: str
     nonfinite: str
 
+    @property
+    def own(self) -> dict[str, str]:
+        """The options of the whole optimizer."""
+        return {"backend": self.backend, "nonfinite": self.nonfinite}
+
     def needs_units(self, group: Mapping[str, Any]) -> bool:
         """Whether a group's units are clipped, or skipped where they are not finite."""
         return bool(group["clipping"]) or self.nonfinite == "skip_unit"

@@ -14,6 +14,15 @@ _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 
 
+def bug(what: str) -> AssertionError:
+    """An error that is this package's own."""
+    return AssertionError(
+        f"a bug of agc_triton: {what}; please report it where you have the package from, with what"
+        " optimizer.explain() and `python -m torch.utils.collect_env` show; backend='torch' may go"
+        " on without"
+    )
+
+
 class Layouts:
     """The shapes, strides, dtypes and devices of tensors; it keeps none of them alive."""
 
@@ -130,7 +139,7 @@ class Cached(Generic[P]):
             return plan
         seen = look(plan)
         if seen is None:
-            raise AssertionError("a new plan does not fit what it was made from; please report it")
+            raise bug("a new plan does not fit what it was made from")
         self.plan, self._seen = plan, Snapshot(seen, self._views)
         return plan
 

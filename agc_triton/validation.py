@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from agc_triton.options import AGC_OPTIONS
 from agc_triton.rule import KernelRule, Work
 from agc_triton.sharded import is_sharded, place_gradients, placed_alike
 from agc_triton.units import UnitDim, dims_and_parts, unit_axes
@@ -27,7 +26,7 @@ def check_options(options: Mapping[str, Any], index: int | None = None) -> None:
         TypeError: a value of the wrong type.
         ValueError: a value out of range.
     """
-    clipping, agc_eps, unit_dim = (options[key] for key in AGC_OPTIONS)
+    clipping, agc_eps, unit_dim = options["clipping"], options["agc_eps"], options["unit_dim"]
     where = "" if index is None else f" in parameter group {index}"
     if clipping is not None and not _is_real(clipping):
         raise TypeError(f"clipping must be a float or None, not {type(clipping).__name__}{where}")
@@ -92,7 +91,8 @@ def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfin
     """Check that a group's gradients can be clipped by an optimizer of this name.
 
     Raises:
-        RuntimeError: one is sparse, or its dtype, device or shape is not its parameter's.
+        RuntimeError: one is sparse, or its device or shape is not its parameter's, or its dtype is
+            not of the same kind.
     """
     for i, param in enumerate(group["params"]):
         grad = param.grad
@@ -102,19 +102,30 @@ def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfin
             raise RuntimeError(
                 f"{optimizer} does not support sparse gradients, as of"
                 f" {tensor_name(group, index, i)}; wrap an optimizer that does"
-                " (agc_triton.AGC(torch.optim.SparseAdam(...))), or set clipping=0"
-                f"{' without skip_unit' if nonfinite == 'skip_unit' else ''}"
+                f" (agc_triton.AGC(torch.optim.SparseAdam(...))), or {_UNCLIPPED[nonfinite]}"
             )
         check_grad(param, grad, group, index, i)
+
+
+# What leaves a gradient to torch, by ``nonfinite``.
+_UNCLIPPED = {
+    "propagate": "set clipping=0 in its group",
+    "raise": "set clipping=0 in its group",
+    "skip_unit": "set clipping=0 in its group and nonfinite='propagate', as its units are looked at"
+    " for NaN with clipping=0 too",
+}
 
 
 def check_grad(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
     """Check that a dense gradient can be clipped against its parameter.
 
     Raises:
-        RuntimeError: dtype, device or shape differ.
+        RuntimeError: device or shape differ, or one of both is complex, or no floating number.
     """
-    _check_alike(param, grad, "the gradient's", "make them equal before step()", group, index, i)
+    remedy = "make them equal before step()"
+    kinds = {(dtype.is_complex, dtype.is_floating_point) for dtype in (param.dtype, grad.dtype)}
+    what = ("device", "shape") if len(kinds) == 1 else ("dtype", "device", "shape")
+    _check_alike(param, grad, "the gradient's", remedy, group, index, i, what)
 
 
 def bring_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -200,12 +211,10 @@ def _check_alike(
     group: Mapping[str, Any],
     index: int,
     i: int,
+    attributes: Sequence[str] = ("dtype", "device", "shape"),
 ) -> None:
-    for what, ours, theirs in (
-        ("dtype", param.dtype, other.dtype),
-        ("device", param.device, other.device),
-        ("shape", param.shape, other.shape),
-    ):
+    for what in attributes:
+        ours, theirs = getattr(param, what), getattr(other, what)
         if ours != theirs:
             raise RuntimeError(
                 f"{whose} {what} ({theirs}) differs from the parameter's ({ours}) for"
@@ -215,22 +224,22 @@ def _check_alike(
 
 def check_work(work: Work) -> None:
     """Check all groups before anything is planned for them."""
-    for index in range(len(work.groups)):
-        check_planned(work, index)
+    check_planned(work, *range(len(work.groups)))
 
 
-def check_planned(work: Work, index: int) -> None:
-    """Check one group.
+def check_planned(work: Work, *indices: int) -> None:
+    """Check groups before they are planned for.
 
     Raises:
         RuntimeError, TypeError, ValueError: as the checks above; nothing has been changed.
     """
-    group = work.groups[index]
-    units = work.needs_units(group)
-    check_group(group, index, units=units)
-    if units:
-        check_gradients(group, index, work.name, work.nonfinite)
-    check_shapes(group, index, work.rule.kernel.states(group), work.state)
+    for index in indices:
+        group = work.groups[index]
+        units = work.needs_units(group)
+        check_group(group, index, units=units)
+        if units:
+            check_gradients(group, index, work.name, work.nonfinite)
+        check_shapes(group, index, work.rule.kernel.states(group), work.state)
 
 
 def check_loaded(

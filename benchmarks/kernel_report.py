@@ -112,7 +112,8 @@ def bucket_row(plan: BucketPlan, at: int, kernel: Kernel, arch: str) -> dict[str
         "dependent_launch": "yes" if ordered else "no",
         "loads_per_element": role_loads if exact else float("nan"),
         "stores_per_element": role_stores if exact else float("nan"),
-        "bytes_per_parameter": bucket.bytes_moved(dtype.itemsize, states) / bucket.elements,
+        "bytes_per_parameter": bucket.bytes_moved(dtype.itemsize, dtype.itemsize, states)
+        / bucket.elements,
     }
 
 
@@ -133,7 +134,9 @@ def report(
         kernel = kernel_of(optimizer, dtype)
         plan = plan_model(model, dtype, kernel.states)
         many = plan_model(model, dtype, kernel.states, groups=50)
-        moved = sum(b.bytes_moved(dtype.itemsize, kernel.states) for b in plan.buckets)
+        moved = sum(
+            b.bytes_moved(dtype.itemsize, dtype.itemsize, kernel.states) for b in plan.buckets
+        )
         compile_begin(plan, kernel, arch)
         for at in range(len(plan.buckets)):
             rows.append(

@@ -21,6 +21,7 @@ NEEDED = {
     "benchmarks": ("matplotlib", "pandas", "sklearn", "tqdm"),
     "gpu/test_benchmarks.py": ("matplotlib", "pandas", "tqdm"),
     "meta": ("grimp", "importlinter", "pandas"),
+    "meta/test_typing.py": ("basedpyright", "mypy"),
     "test_explain.py": ("pandas",),
     "triton_path/test_buckets.py": ("pandas",),
 }
@@ -53,7 +54,7 @@ def _as_in_a_new_process() -> Iterator[None]:
     yield
     from agc_triton import routing
 
-    routing._warn_once.cache_clear()
+    routing._warned.clear()
     if torch.cuda.is_available() and torch.cuda.get_sync_debug_mode():
         torch.cuda.set_sync_debug_mode("default")
 

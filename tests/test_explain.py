@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -139,3 +140,22 @@ def test_it_changes_nothing() -> None:
     optimizer.explain()
     assert not optimizer.state
     assert optimizer._paths.triton.plan is None
+
+
+def test_without_pandas_an_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        SGD_AGC([torch.zeros(3)]).explain()
+
+
+# torch warns of it.
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_twice_in_its_group_is_shown_as_it_is_stepped() -> None:
+    twice, once, other = KERNELS.weights([(3, 20), (2, 12), (4, 5)])
+    groups: list[dict[str, Any]] = [{"params": [twice, once, twice]}, {"params": [other]}]
+    optimizer = SGD_AGC(groups, backend="triton")
+    rows, _ = explained(optimizer)
+    assert rows["why"].tolist() == ["", "", "a parameter is in its group twice"]
+    assert rows["tensors"].tolist() == [0, 1, 3]
+    # Each time it is there it is read and written.
+    assert rows["elements"].tolist() == [0, 20, 60 + 24 + 60]

@@ -124,8 +124,8 @@ def test_the_functional_form_and_norms(kind: str, backend: str) -> None:
     norms = unitwise_norm(param, unit_dim).expand(shape)
     for part, layer in zip(split(norms), layers, strict=True):
         torch.testing.assert_close(part, unitwise_norm(layer).expand(layer.shape))
-    adaptive_clip_grad_([param], CLIPPING, unit_dim=unit_dim, backend=backend)
-    adaptive_clip_grad_(layers, CLIPPING, backend=backend)
+    adaptive_clip_grad_([param], clipping=CLIPPING, unit_dim=unit_dim, backend=backend)
+    adaptive_clip_grad_(layers, clipping=CLIPPING, backend=backend)
     for part, layer in zip(split(param.grad), layers, strict=True):
         torch.testing.assert_close(part, layer.grad)
 

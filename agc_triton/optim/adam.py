@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch.optim.adamw import adamw
 
 from agc_triton.optim.optimizer import AGCOptimizer
 from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+    from agc_triton.units import UnitDim
 
 _NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
@@ -82,6 +87,30 @@ class Adam_AGC(AGCOptimizer, Adam):
     """torch.optim.Adam with adaptive gradient clipping."""
 
     rule = ADAM
+
+    if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            amsgrad: bool = False,
+            *,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            capturable: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            decoupled_weight_decay: bool = False,
+            clipping: float | None = 1e-2,
+            agc_eps: float = 1e-3,
+            unit_dim: UnitDim = None,
+            backend: str = "auto",
+            nonfinite: str = "propagate",
+        ) -> None: ...
 
     def _batches(self, group: dict[str, Any]) -> Batches:
         return [(adam_lists(self, group), group)]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim.adamw import AdamW
 
 from agc_triton.optim.adam import ADAM, adam_lists
 from agc_triton.optim.optimizer import AGCOptimizer
 from agc_triton.rule import Batches
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+
+    from agc_triton.units import UnitDim
 
 
 def _decoupled(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,6 +31,29 @@ class AdamW_AGC(AGCOptimizer, AdamW):
     """torch.optim.AdamW with adaptive gradient clipping."""
 
     rule = ADAM._replace(kernel=ADAM.kernel._replace(hyper=_hyper))
+
+    if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 1e-2,
+            amsgrad: bool = False,
+            *,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            capturable: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            clipping: float | None = 1e-2,
+            agc_eps: float = 1e-3,
+            unit_dim: UnitDim = None,
+            backend: str = "auto",
+            nonfinite: str = "propagate",
+        ) -> None: ...
 
     def _batches(self, group: dict[str, Any]) -> Batches:
         return [(adam_lists(self, group), _decoupled(group))]

@@ -1,12 +1,20 @@
-"""What the docstrings of all AGC optimizers end with."""
+"""The docstrings and signatures of AGC optimizers: torch's arguments, then ours."""
 
-AGC_DOC = """
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+_AGC_DOC = """
     Each unit's gradient norm is held to ``clipping * max(||w||, agc_eps)`` (Brock et al. 2021,
     arXiv 2102.06171, equation 3) before any weight decay is added; ``.grad`` itself is not changed.
-    All other arguments, groups, state and checkpoints are those of the torch.optim class.
+    Groups, state and checkpoints are those of the torch.optim class; groups may set ``clipping``,
+    ``agc_eps`` and ``unit_dim``.
 
     Args:
-        params: as in torch.optim; groups may set ``clipping``, ``agc_eps`` and ``unit_dim``.
+{theirs}
         clipping: limit as a fraction of the unit's weight norm; 0 or None for no clipping at all.
         agc_eps: the least weight norm assumed, so that zero-initialized units can train.
         unit_dim: dimension that indexes units, or a tuple of several, as stacked experts have
@@ -29,3 +37,17 @@ AGC_DOC = """
         TypeError: an AGC option of the wrong type, or an FSDP1 flat parameter.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
+
+
+def documented(doc: str | None, torchs: str | None) -> str:
+    """A class's docstring with what AGC does, and all arguments; ``torchs`` is its base's."""
+    found = re.search(r"^    Args:\n((?: {8}.*\n)+)", torchs or "", re.MULTILINE)
+    theirs = found[1].rstrip() if found else "        as in torch.optim, and"
+    return f"{doc}\n{_AGC_DOC.format(theirs=theirs)}"
+
+
+def merged_signature(torchs: Callable[..., Any], ours: Callable[..., Any]) -> inspect.Signature:
+    """The arguments of one constructor, then those of the other that are by keyword only."""
+    _, *theirs = inspect.signature(torchs).parameters.values()
+    own = inspect.signature(ours).parameters.values()
+    return inspect.Signature([*theirs, *(p for p in own if p.kind is p.KEYWORD_ONLY)])

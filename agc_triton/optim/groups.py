@@ -5,21 +5,22 @@ What is no group is left to torch, which refuses it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from agc_triton.options import check_spelling
+from agc_triton.options import check_level, check_spelling
 
 
-def check_keys(group: Any, index: int, known: Container[str]) -> None:
-    """Check that no option of a group is nearly one of AGC's and unknown to the optimizer.
+def check_keys(group: Any, index: int, own: Mapping[str, Any], known: Container[str]) -> None:
+    """Check that no option of a group is unknown to the optimizer and nearly one of AGC's.
 
     Raises:
-        ValueError: one is.
+        ValueError: one is, or is one of the whole optimizer's ``own``.
     """
     if isinstance(group, dict):
+        check_level(group, f" in parameter group {index}", own, known)
         check_spelling(group, f" in parameter group {index}", known)
 
 

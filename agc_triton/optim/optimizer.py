@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from agc_triton.dispatch import Paths
+from agc_triton.explain import explain
 from agc_triton.nonfinite import check_nonfinite
-from agc_triton.optim.documentation import AGC_DOC
+from agc_triton.optim.attributes import CheckedOption
+from agc_triton.optim.documentation import documented, merged_signature
 from agc_triton.optim.groups import check_keys, name_unnamed
-from agc_triton.options import AGC_OPTIONS
+from agc_triton.options import AGC_OPTIONS, check_levels
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
 from agc_triton.rule import Batches, Rule, Work
 from agc_triton.units import UnitDim
@@ -23,8 +24,17 @@ from agc_triton.validation import check_group, check_loaded
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+# What a closure returns: a number, or a tensor as in torch's examples.
+Loss = TypeVar("Loss")
+
 CLIPPING = 1e-2
 AGC_EPS = 1e-3
+
+
+def _check_backend(optimizer: Any, backend: str) -> None:
+    check_backend(backend)
+    for index, group in enumerate(vars(optimizer).get("param_groups", ())):
+        check_group_backend(backend, group, index)
 
 
 class AGCOptimizer(Optimizer):
@@ -34,20 +44,23 @@ class AGCOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
-    # Objects pickled before there was such an option have none of their own.
-    nonfinite: str = "propagate"
+    backend = CheckedOption(_check_backend, "auto")
+    nonfinite = CheckedOption(lambda _, value: check_nonfinite(value), "propagate")
     _constructing = False
+
+    # Set it to False and GradScaler unscales `.grad` before each step, whatever path that takes:
+    # for clipping by another package, which has to see what the gradients are.
+    takes_scaled_grads: bool = True
 
     def __init_subclass__(cls) -> None:
         """Show torch's arguments and ours in help() and inspect.signature()."""
         super().__init_subclass__()
         if "rule" not in vars(cls):  # a user's subclass speaks for itself
             return
-        ours = inspect.signature(AGCOptimizer.__init__).parameters.values()
-        _, *theirs = inspect.signature(super().__init__).parameters.values()
-        merged = [*theirs, *(p for p in ours if p.kind is p.KEYWORD_ONLY)]
-        cls.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]  # inspect's own
-        cls.__doc__ = f"{cls.__doc__}\n{AGC_DOC}"
+        torchs = next(base for base in cls.__bases__ if not issubclass(base, AGCOptimizer))
+        signature = merged_signature(torchs.__init__, AGCOptimizer.__init__)
+        cls.__signature__ = signature  # type: ignore[attr-defined]  # inspect's own
+        cls.__doc__ = documented(cls.__doc__, torchs.__doc__)
 
     def __init__(
         self,
@@ -60,16 +73,12 @@ class AGCOptimizer(Optimizer):
         nonfinite: str = "propagate",
         **kwargs: Any,
     ) -> None:
-        check_backend(backend)
-        check_nonfinite(nonfinite)
         self.backend, self.nonfinite, self._paths = backend, nonfinite, Paths()
         self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         torch_init: Any = super().__init__
         self._constructing = True
         torch_init(params, *args, **kwargs)
         self._constructing = False
-        if may_use_triton(backend, [p for g in self.param_groups for p in g["params"]]):
-            self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it may set ``clipping``, ``agc_eps`` and ``unit_dim``.
@@ -82,7 +91,7 @@ class AGCOptimizer(Optimizer):
         # torch.optim builds ``defaults`` itself and calls this from its constructor.
         for key, value in self._agc_defaults.items():
             self.defaults.setdefault(key, value)
-        check_keys(param_group, len(self.param_groups), self.defaults)
+        check_keys(param_group, len(self.param_groups), self._work().own, self.defaults)
         if not self._constructing:  # groups made together are named together
             name_unnamed(param_group, self.param_groups)
         super().add_param_group(param_group)
@@ -96,8 +105,8 @@ class AGCOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: torch's three entries and ours; counts start again."""
-        ours = {key: getattr(self, key) for key in ("backend", "nonfinite", "_agc_defaults")}
-        return {**super().__getstate__(), **ours}
+        keys = ("backend", "nonfinite", "takes_scaled_grads", "_agc_defaults")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in keys}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state; groups saved by torch.optim keep this optimizer's AGC options.
@@ -108,30 +117,43 @@ class AGCOptimizer(Optimizer):
         kept = dict(self.__dict__)
         before = kept.get("param_groups", [])
         try:
-            super().__setstate__(state)
+            self._take_over(state)
             self.__dict__.setdefault("_paths", Paths())
+            self.defaults = {**self._agc_defaults, **self.defaults}
             self._fill_groups(before)
             if kept:
+                check_levels(self.param_groups, self._work().own)
                 for index, group in enumerate(self.param_groups):
                     check_loaded(self.rule.kernel, self.state, group, index)
             self._paths.release()
-        except (KeyError, ValueError) as error:
+        except BaseException:
             self.__dict__.update(kept)
-            if isinstance(error, KeyError):
-                raise ValueError(
-                    f"the checkpoint has no {error}; it may be of another optimizer"
-                ) from None
             raise
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Let torch take over a state, of which it reads step counts."""
+        try:
+            super().__setstate__(state)
+        except KeyError as error:
+            raise ValueError(
+                f"the checkpoint has no {error}; it may be of another optimizer"
+            ) from None
 
     def _fill_groups(self, before: list[dict[str, Any]]) -> None:
         for index, group in enumerate(self.param_groups):
-            options = before[index] if index < len(before) else self.defaults
+            options = {**self.defaults, **(before[index] if index < len(before) else {})}
             for key in AGC_OPTIONS:
                 group.setdefault(key, options[key])
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     # Plans are found by address, which a traced step has none of.
     @torch._disable_dynamo  # type: ignore[attr-defined]  # not in torch's stubs
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clip and update once.
 
         Args:
@@ -158,6 +180,15 @@ class AGCOptimizer(Optimizer):
         return loss
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks: whether to leave unscaling to the step, as the kernels can."""
+        return self.takes_scaled_grads and may_use_triton(self.backend, self.param_groups)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.takes_scaled_grads = value
+
+    @property
     def skipped_units(self) -> int:
         """Units left alone since this object was made; reading it waits for the device.
 
@@ -181,9 +212,10 @@ class AGCOptimizer(Optimizer):
         Returns:
             columns backend, why, device, dtype, class, tensors, units, elements, tile (rows x
             columns x chunks), num_warps, bytes, launches (of this package's kernels), floor_ms.
-        """
-        from agc_triton.explain import explain  # pandas takes longer to import than all of this
 
+        Raises:
+            ImportError: pandas is not installed; nothing else here needs it.
+        """
         return explain(self._work(), bandwidth)
 
     def _work(self) -> Work:
@@ -199,7 +231,11 @@ class AGCOptimizer(Optimizer):
         )
 
     def _batches(self, group: dict[str, Any]) -> Batches:
-        """What has a gradient, with its state (created by torch's `_init_group`) and options."""
+        """What has a gradient, with its state and options; states that are missing are created.
+
+        By torch's `_init_group`, or where a base has none by the subclass itself: one entry per key
+        of the rule's `KernelRule` in ``self.state[param]``, in the parameter's dtype and layout.
+        """
         raise NotImplementedError
 
     def _graph_capture_check(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch.optim.rmsprop import RMSprop, rmsprop
 
 from agc_triton.optim.optimizer import AGCOptimizer
 from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+    from agc_triton.units import UnitDim
 
 _INFINITY = torch.tensor(math.inf, device="cpu")
 
@@ -95,6 +100,29 @@ class RMSprop_AGC(AGCOptimizer, RMSprop):
     """torch.optim.RMSprop with adaptive gradient clipping."""
 
     rule = Rule(_update, _fused, KernelRule("rmsprop", _flags, _states, _hyper, 6, ("step",)))
+
+    if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-2,
+            alpha: float = 0.99,
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            momentum: float = 0,
+            centered: bool = False,
+            capturable: bool = False,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            differentiable: bool = False,
+            *,
+            clipping: float | None = 1e-2,
+            agc_eps: float = 1e-3,
+            unit_dim: UnitDim = None,
+            backend: str = "auto",
+            nonfinite: str = "propagate",
+        ) -> None: ...
 
     def _batches(self, group: dict[str, Any]) -> Batches:
         params, grads, square_avgs, buffers, grad_avgs, steps = lists = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ from torch.optim.sgd import SGD, sgd
 
 from agc_triton.optim.optimizer import AGCOptimizer
 from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+    from agc_triton.units import UnitDim
 
 _NUMBERS = ("weight_decay", "momentum", "lr", "dampening")
 _OPTIONS = (*_NUMBERS, "nesterov", "maximize")
@@ -67,9 +72,31 @@ class SGD_AGC(AGCOptimizer, SGD):
         _update, _fused, KernelRule("sgd", _flags, _states, _hyper, prepared=4, own_scalars=1)
     )
 
+    if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            momentum: float = 0,
+            dampening: float = 0,
+            weight_decay: float | Tensor = 0,
+            nesterov: bool = False,
+            *,
+            maximize: bool = False,
+            foreach: bool | None = None,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            clipping: float | None = 1e-2,
+            agc_eps: float = 1e-3,
+            unit_dim: UnitDim = None,
+            backend: str = "auto",
+            nonfinite: str = "propagate",
+        ) -> None: ...
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state; torch would load one without ``fused`` as ``fused=False``."""
-        for group in state["param_groups"]:
+        for group in state.get("param_groups", ()):
             group.setdefault("fused", None)
         super().__setstate__(state)
 

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.optim import Optimizer
 
 from agc_triton.clipping import clip_groups_
 from agc_triton.dispatch import Clipper
+from agc_triton.nonfinite import check_finite, check_nonfinite
+from agc_triton.optim.attributes import CheckedOption
 from agc_triton.optim.groups import check_keys, name_unnamed
-from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer
-from agc_triton.options import AGC_OPTIONS
+from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer, Loss
+from agc_triton.options import AGC_OPTIONS, check_levels
+from agc_triton.routing import check_backend
 from agc_triton.units import UnitDim
 from agc_triton.validation import check_group
+
+# Of sharpness-aware optimizers, which step on weights that they have moved: nothing calls `step`.
+_OTHER_STEPS = ("first_step", "second_step", "perturb_weights")
+
+
+def _check_nonfinite(_: Any, nonfinite: str) -> None:
+    check_nonfinite(nonfinite)
+    if nonfinite == "skip_unit":
+        raise ValueError(
+            "Invalid nonfinite for AGC: 'skip_unit', as the update is another optimizer's and knows"
+            " no units; use 'raise', or a class of agc_triton (SGD_AGC, AdamW_AGC, ...)"
+        )
 
 
 class AGC(Optimizer):
@@ -27,12 +43,18 @@ class AGC(Optimizer):
 
     Args:
         optimizer: any optimizer but one that already clips (an AGC class).
-        clipping, agc_eps, unit_dim: as in `agc_triton.AdamW_AGC`.
+        clipping, agc_eps, unit_dim, backend: as in `agc_triton.AdamW_AGC`. The first three may be
+            given by position, as in agc_optims, with a DeprecationWarning.
+        nonfinite: ``"propagate"`` or ``"raise"``, as there.
 
     Raises:
-        TypeError: ``optimizer`` is not an Optimizer, already clips, or lacks what all others have.
+        TypeError: ``optimizer`` is not an Optimizer, already clips, lacks what all others have, or
+            updates in other methods than ``step``.
         ValueError: an option out of range.
     """
+
+    backend = CheckedOption(lambda _, value: check_backend(value), "auto")
+    nonfinite = CheckedOption(_check_nonfinite, "propagate")
 
     # GradScaler unscales by itself: the base must not see scaled gradients after they were clipped.
     _step_supports_amp_scaling = False
@@ -40,23 +62,24 @@ class AGC(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
+        *positional: Any,
         clipping: float | None = CLIPPING,
         agc_eps: float = AGC_EPS,
         unit_dim: UnitDim = None,
+        backend: str = "auto",
+        nonfinite: str = "propagate",
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"AGC wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if isinstance(optimizer, (AGC, AGCOptimizer)):
             raise TypeError(f"{type(optimizer).__name__} already clips; use it as it is")
-        for name in ("param_groups", "defaults"):
-            if not hasattr(optimizer, name):
-                raise TypeError(
-                    f"{type(optimizer).__name__} has no {name}, which AGC writes its settings to;"
-                    " wrap the inner optimizer instead"
-                )
+        _check_base(optimizer)
         options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
+        if positional:
+            options |= _named(positional, options)
+        self.backend, self.nonfinite = backend, nonfinite
         for index, group in enumerate(optimizer.param_groups):
-            check_keys(group, index, optimizer.defaults)
+            check_keys(group, index, self._own, optimizer.defaults)
             _check_group({**options, **group}, index)
         self.optimizer = optimizer
         self._clipper = Clipper()
@@ -64,40 +87,63 @@ class AGC(Optimizer):
         optimizer.defaults.update(options)
         self._fill_groups()
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     # Plans are found by address, which a traced step has none of.
     @torch._disable_dynamo  # type: ignore[attr-defined]  # not in torch's stubs
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clip, then step the base; with a closure, clip after each of the base's evaluations.
 
         Raises:
-            RuntimeError: a gradient that cannot be clipped; nothing has been changed then.
+            RuntimeError: a gradient that cannot be clipped, or with ``nonfinite="raise"`` one that
+                is not finite; nothing has been changed then. Or the base has stepped without
+                calling its hooks.
         """
         if closure is not None:
 
-            def clipped_closure() -> float:
+            def clipped_closure() -> Any:
                 loss = closure()
                 self._clip()
                 return loss
 
+            # torch's own evaluate first; others may use what there is before they do.
+            if not type(self.optimizer).step.__module__.startswith("torch.optim."):
+                self._clip(stale=True)
             return self.optimizer.step(clipped_closure)
         # Nothing calls the hooks of an optimizer that does without torch's constructor, as some do
         # that wrap another.
         if not getattr(type(self.optimizer).step, "hooked", False):
             self._clip()
             return self.optimizer.step()
+        clipped: list[None] = []
         # Last of the pre-hooks, so that what the others do to gradients is clipped as well.
-        handle = self.optimizer.register_step_pre_hook(lambda *_: self._clip())
+        handle = self.optimizer.register_step_pre_hook(lambda *_: clipped.append(self._clip()))
         try:
-            return self.optimizer.step()
+            loss = self.optimizer.step()
         finally:
             handle.remove()
+        if not clipped:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} has stepped without calling its step hooks, on"
+                " gradients that were not clipped: its step() has been replaced; call"
+                " agc_triton.adaptive_clip_grad_ before it instead of wrapping it"
+            )
+        return loss
 
     @torch.no_grad()
-    def _clip(self) -> None:
+    def _clip(self, stale: bool = False) -> None:
+        """Clip in place; ``stale`` gradients, of the last evaluation maybe, need not be finite."""
         self._fill_groups()
+        check_levels(self.param_groups, self._own, self.defaults)
         for index, group in enumerate(self.param_groups):
             _check_group(group, index)
-        clip_groups_(self.param_groups, "auto", self._clipper)
+        if self.nonfinite == "raise" and not stale:
+            check_finite(self.param_groups)
+        clip_groups_(self.param_groups, self.backend, self._clipper)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; bare parameters are given names where its groups have names.
@@ -105,7 +151,7 @@ class AGC(Optimizer):
         Raises:
             ValueError, TypeError: as the constructor; the base is then unchanged.
         """
-        check_keys(param_group, len(self.param_groups), self.defaults)
+        check_keys(param_group, len(self.param_groups), self._own, self.defaults)
         name_unnamed(param_group, self.param_groups)
         self.optimizer.add_param_group(param_group)
         try:
@@ -123,7 +169,12 @@ class AGC(Optimizer):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load into the base; groups saved without AGC options keep the present ones."""
+        """Load into the base; groups saved without AGC options keep the present ones.
+
+        Raises:
+            ValueError: a group sets what is the whole optimizer's; nothing is loaded then.
+        """
+        check_levels(state_dict.get("param_groups", ()), self._own, self.defaults)
         self._fill_groups()
         self.optimizer.load_state_dict(state_dict)
         self._fill_groups()
@@ -135,6 +186,10 @@ class AGC(Optimizer):
             for key in AGC_OPTIONS:
                 group.setdefault(key, known[key])
         self._known = [{key: group[key] for key in AGC_OPTIONS} for group in self.param_groups]
+
+    @property
+    def _own(self) -> dict[str, str]:
+        return {"backend": self.backend, "nonfinite": self.nonfinite}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -161,6 +216,8 @@ class AGC(Optimizer):
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
+        for key in AGC_OPTIONS:
+            value.setdefault(key, self.defaults[key])
         self.optimizer.defaults = value
 
     def __getattr__(self, name: str) -> Any:
@@ -170,14 +227,21 @@ class AGC(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The base optimizer holds everything."""
-        return {"optimizer": self.optimizer}
+        """The base optimizer holds nearly everything."""
+        ours = {"backend": self.backend, "nonfinite": self.nonfinite}
+        return {"optimizer": self.optimizer, **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over the base optimizer."""
-        self.__dict__.update(state)
-        self._clipper = Clipper()
-        self._known = []
+        """Take over a base optimizer; or give the one there is a state, groups or defaults."""
+        if "optimizer" in state:
+            self.__dict__.update(state)
+            self._clipper = Clipper()
+            self._known = []
+        else:
+            self._fill_groups()
+            options = {key: self.defaults[key] for key in AGC_OPTIONS}
+            self.optimizer.__setstate__(state)
+            self.optimizer.defaults = {**options, **self.optimizer.defaults}
         self._fill_groups()
 
     def __repr__(self) -> str:
@@ -186,3 +250,45 @@ class AGC(Optimizer):
 
 def _check_group(group: dict[str, Any], index: int) -> None:
     check_group(group, index, units=bool(group["clipping"]))
+
+
+def _check_base(optimizer: Optimizer) -> None:
+    """Check that what is wrapped has what AGC needs, and that all its updates are seen.
+
+    Raises:
+        TypeError: it has not, or they are not.
+    """
+    called = type(optimizer).__name__
+    for name in ("param_groups", "defaults"):
+        if not hasattr(optimizer, name):
+            raise TypeError(
+                f"{called} has no {name}, which AGC writes its settings to; wrap the inner"
+                " optimizer instead"
+            )
+    if others := [name for name in _OTHER_STEPS if hasattr(optimizer, name)]:
+        raise TypeError(
+            f"{called} updates in {' and '.join(others)} as well as in step, and AGC would not clip"
+            f" there; give it a base that clips: {called}(params, agc_triton.SGD_AGC, ...)"
+        )
+
+
+def _named(positional: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Options given by position, by name.
+
+    Raises:
+        TypeError: there are more than three, or one is given by name as well.
+    """
+    usual = {"clipping": CLIPPING, "agc_eps": AGC_EPS, "unit_dim": None}
+    if len(positional) > len(usual):
+        raise TypeError(f"AGC takes an optimizer and options by name, not {positional}")
+    named = dict(zip(usual, positional, strict=False))
+    for key in named:
+        if options[key] != usual[key]:
+            raise TypeError(f"AGC got two values for {key}, one of them by position")
+    instead = ", ".join(f"{key}={value!r}" for key, value in named.items())
+    warnings.warn(
+        f"AGC's options by position are deprecated; write AGC(optimizer, {instead})",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return named

@@ -19,7 +19,7 @@ from agc_triton.torch_path.slices import DenseView, dense_view
 class BlockList:
     """Blocks of one dtype that follow each other, and the indices of their tensors.
 
-    ``alike`` says that every gradient lies in memory as its parameter does.
+    ``alike`` says that every gradient lies in memory as its parameter does, and in its dtype.
     """
 
     def __init__(self, lists: TensorLists, views: Mapping[int, DenseView], alike: bool) -> None:
@@ -48,8 +48,8 @@ class BlockPlan:
         alike: defaultdict[torch.dtype, dict[int, DenseView]] = defaultdict(dict)
         others: list[dict[int, DenseView]] = []
         for i, view in views.items():
-            param = lists.params[i]
-            if lists.grads[i].stride() == param.stride():
+            param, grad = lists.params[i], lists.grads[i]
+            if grad.stride() == param.stride() and grad.dtype == param.dtype:
                 alike[param.dtype][i] = view
             else:  # copied, and each alone so that no two copies are alive at a time
                 others.append({i: view})
@@ -98,7 +98,9 @@ def _partition(
     roles = [role for role in lists.states if role]
     for i, param in enumerate(lists.params):
         view = dense_view(param, [role[i] for role in roles], clip.unit_dim)
-        if view is None:
+        # What a copy in the parameter's dtype would round is clipped first.
+        rounded = torch.promote_types(lists.grads[i].dtype, param.dtype) != param.dtype
+        if view is None or rounded:
             whole.append(i)
         else:
             views[i] = view

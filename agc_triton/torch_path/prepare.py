@@ -16,6 +16,7 @@ from agc_triton.norms import Clip
 from agc_triton.rule import Batches, TensorLists, Work
 from agc_triton.sharded import Kind, local
 from agc_triton.snapshot import Cached
+from agc_triton.torch_path.merging import Merged, merged
 from agc_triton.torch_path.plan import BlockPlan
 from agc_triton.torch_path.split import SplitPlan, prepare_split
 from agc_triton.torch_path.step import clip_grads_, prepare_group
@@ -79,22 +80,27 @@ class TorchPath:
         if groups and found_inf is not None and found_inf.item():
             return beats
         scaler = None if scale is None else scale.reshape(()), found_inf
+        together = merged(groups)
         # All states of all groups are created before any is updated.
-        collected = [_collect(work, group) for _, group in groups]
-        for (index, group), batches in zip(groups, collected, strict=True):
+        collected = [_collect(work, group) for _, group in together]
+        for index, group in groups:
             check_options(group, index)
-            clip = Clip.of(group, given.skipped) if work.needs_units(group) else None
+        used: set[tuple[int, int]] = set()
+        for several, batches in zip(together, collected, strict=True):
+            needs = work.needs_units(several.group)
+            clip = Clip.of(several.group, given.skipped) if needs else None
             parts = [(lists, lists, options) for lists, options in batches]
             if given.sharding.kinds:
-                factors = self._factors(work, index, group, given, beats)
+                factors = self._factors(work, several, given, beats)
                 parts = _parts(work, batches, clip, given.sharding, factors, beats)
             for at, (owners, lists, options) in enumerate(parts):
                 these = lists, options, clip
                 if lists.params:
-                    plan = self._blocks_of((index, at), work, owners, *these)
+                    used.add((several.indices[0], at))
+                    plan = self._blocks_of((several.indices[0], at), work, several, owners, *these)
                     beats.meanwhile.append(prepare_group(work.rule, plan, *these, *scaler))
-                else:
-                    self.blocks.pop((index, at), None)
+        if len(used) < len(self.blocks):
+            self.blocks = {at: plan for at, plan in self.blocks.items() if at in used}
         return beats
 
     def prepare_clipping(
@@ -104,7 +110,7 @@ class TorchPath:
         beats, given = Beats(), Given(None, sharding, None, None)
         for index, group in groups:
             clip, kinds = Clip.of(group), sharding.kinds
-            factors = self._factors(work, index, group, given, beats)
+            factors = self._factors(work, Merged([index], group), given, beats)
             whole, split = list[Tensor](), list[Tensor]()
             for param in group["params"]:
                 if param.grad is not None:
@@ -115,10 +121,10 @@ class TorchPath:
         return beats
 
     def _factors(
-        self, work: Work, index: int, group: dict[str, Any], given: Given, beats: Beats
+        self, work: Work, several: Merged, given: Given, beats: Beats
     ) -> Callable[[], Mapping[int, Tensor]]:
         """What gives the factors of a group's split units once these have been summed."""
-        exchange = given.sharding.exchange
+        exchange, group = given.sharding.exchange, several.group
         split = [p for p in group["params"] if exchange is not None and exchange.place(p)]
         if exchange is None or not split:
             return dict
@@ -126,19 +132,19 @@ class TorchPath:
         of_plan = split, exchange, clip.unit_dim
 
         def make() -> SplitPlan:
-            check_planned(work, index)
+            check_planned(work, *several.indices)
             return SplitPlan(*of_plan)
 
-        cached = self._split.setdefault(index, Cached())
+        cached = self._split.setdefault(several.indices[0], Cached())
         plan = cached.get(lambda plan: plan.look(*of_plan), make)
         beats.first.append(partial(plan.begin, split, given.grad_scale))
         return functools.cache(partial(plan.factors, split, clip, given.grad_scale))
 
     def _blocks_of(
-        self, at: tuple[int, int], work: Work, owners: TensorLists, *given: Any
+        self, at: tuple[int, int], work: Work, several: Merged, owners: TensorLists, *given: Any
     ) -> BlockPlan:
         def make() -> BlockPlan:
-            check_planned(work, at[0])
+            check_planned(work, *several.indices)
             _bring_counts(work, owners, given[1])
             return BlockPlan(*given)
 

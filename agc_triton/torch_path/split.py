@@ -186,10 +186,11 @@ def _clip_and_update(
         # Without NaN there is none in what torch makes of the update either.
         grads = [g.masked_fill(skip, 0.0) for g, skip in zip(grads, bad, strict=True)]
         factors = [factor.nan_to_num(1.0) for factor in factors]
-    if factors[0].dtype == grads[0].dtype:
+    dtype = lists.params[0].dtype
+    if {factors[0].dtype, dtype} == {grad.dtype for grad in grads}:
         grads = list(torch._foreach_mul(grads, list(factors)))
     else:
-        grads = [(g * f).to(g.dtype) for g, f in zip(grads, factors, strict=True)]
+        grads = [(g * f).to(dtype) for g, f in zip(grads, factors, strict=True)]
     lists = lists._replace(grads=grads)
     if clip.skipped is None:
         update(lists)

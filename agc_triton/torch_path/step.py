@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agc_triton.nonfinite import SavedUnits, update_others
-from agc_triton.norms import ONE, Clip, clip_factors, spread, unit_norms
+from agc_triton.norms import ONE, Clip, as_computed, clip_factors, spread, unit_norms
 from agc_triton.rule import Rule, TensorLists, Update, pick
 from agc_triton.sharded import Kind, local
 from agc_triton.torch_path.blocks import Block, blocks, largest_room
@@ -59,7 +59,10 @@ def _step_unclipped(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """Update one parameter group as torch.optim does."""
+    """Update one parameter group as torch.optim does, on gradients of its parameters' dtypes."""
+    if any(g.dtype != p.dtype for g, p in zip(lists.grads, lists.params, strict=True)):
+        pairs = zip(lists.grads, lists.params, strict=True)
+        lists = lists._replace(grads=[grad.to(param.dtype) for grad, param in pairs])
     scaler: dict[str, Tensor | None] = {}
     if grad_scale is None or group.get("fused"):
         scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
@@ -189,7 +192,8 @@ def _step_whole(
     bad: list[Tensor] = []
     skipped, clip = clip.skipped, clip._replace(skipped=None)
     for param, given in zip(lists.params, lists.grads, strict=True):
-        grad = given if grad_scale is None else given / grad_scale.to(given.device)
+        grad = as_computed(given, param)
+        grad = grad if grad_scale is None else grad / grad_scale.to(grad.device)
         if skipped is not None:
             found = skipped.find(unit_norms(grad, clip.unit_dim))
             bad.append(spread(found, param.shape, clip.unit_dim))
@@ -197,7 +201,7 @@ def _step_whole(
             grad = grad.masked_fill(bad[-1], 0.0)
         # Autograd needs the weights that the norm was taken of, which the update overwrites.
         weight = param.clone() if torch.is_grad_enabled() else param
-        grads.append((grad * _tensor_factors(weight, grad, clip)).to(given.dtype))
+        grads.append((grad * _tensor_factors(weight, grad, clip)).to(param.dtype))
     lists = lists._replace(grads=grads)
     if skipped is None:
         update(lists, group)

@@ -102,10 +102,11 @@ class Bucket:
     elements: int
     tiles: Table
 
-    def bytes_moved(self, itemsize: int, states: int) -> int:
+    def bytes_moved(self, itemsize: int, grad_itemsize: int, states: int) -> int:
         """Bytes per step: p, g and states read, p and states written; p and g twice if summed."""
-        accesses = (2 + states) + (1 + states) + (2 if self.shape.summed else 0)
-        return self.elements * accesses * itemsize
+        twice = int(self.shape.summed)
+        accesses = (1 + states) + (1 + states) + twice
+        return self.elements * (accesses * itemsize + (1 + twice) * grad_itemsize)
 
 
 @dataclass(frozen=True)

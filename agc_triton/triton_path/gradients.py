@@ -16,18 +16,25 @@ from agc_triton.units import memory_order
 _grad = attrgetter("grad")
 
 
+def grad_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's gradient; its own where there is none."""
+    return param.dtype if param.grad is None else param.grad.dtype
+
+
 class Gradients:
     """Reads addresses; stands in with copies for gradients laid out unlike their parameters.
 
     Args:
         params: dense, of one dtype and device; none is kept alive.
+        dtype: the gradients'.
         sharded: whether these are local tensors, and `read` is given DTensors.
     """
 
-    def __init__(self, params: Sequence[Tensor], sharded: bool = False) -> None:
+    def __init__(self, params: Sequence[Tensor], dtype: torch.dtype, sharded: bool = False) -> None:
         self._sharded = sharded
-        self._layouts = Layouts(params)
-        self._shapes, self._kind = self._layouts.shapes, self._layouts.kinds[0]
+        self._layouts, self._kind = Layouts(params), (dtype, params[0].device)
+        self._layouts.kinds = [self._kind] * len(params)
+        self._shapes = self._layouts.shapes
         self._orders = [memory_order(p) for p in params]
         # Gradients that cannot be walked in step with their parameters, and copies that can.
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -57,7 +64,7 @@ class Gradients:
             ):
                 return None
             if memory_order(grad) != order or grad.is_conj() or grad.is_neg():
-                copy = torch.empty_like(param).copy_(grad)
+                copy = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
                 self._copies.append((grad, copy))
                 grad = copy
             addresses.append(grad.data_ptr())

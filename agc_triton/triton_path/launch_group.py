@@ -20,8 +20,9 @@ from agc_triton.kernels import abi
 from agc_triton.norms import Clip
 from agc_triton.rule import KernelRule, number
 from agc_triton.sharded import is_sharded, layout_here, locals_of
+from agc_triton.snapshot import bug
 from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
-from agc_triton.triton_path.gradients import Gradients
+from agc_triton.triton_path.gradients import Gradients, grad_dtype
 from agc_triton.triton_path.launches import Kernel, StepLauncher
 from agc_triton.triton_path.tables import Tables
 from agc_triton.units import UnitDim, UnitLayout
@@ -84,7 +85,7 @@ class LaunchGroup:
 
     Args:
         rule: the update rule.
-        members: parameters: dense, not empty, of one device and dtype.
+        members: parameters: dense, not empty, of one device and dtype, their gradients of one too.
         groups: the options of all groups.
         first_unit: number of the first member's first unit among those of the plan.
         skipped: counts by unit of those that were left alone; None to leave none alone.
@@ -107,18 +108,19 @@ class LaunchGroup:
         # A captured graph goes on to count where they lie.
         self._scalars = [m.scalars for m in members]
         self._captured, self._frozen = captured, False
-        self._grads = Gradients(params, sharded=any(map(is_sharded, owners)))
+        of_grads = grad_dtype(owners[0])
+        self._grads = Gradients(params, of_grads, sharded=any(map(is_sharded, owners)))
         tensors = [params, *zip(*(m.scalars + m.states for m in members), strict=True)]
         addresses = [list(map(Tensor.data_ptr, role)) for role in tensors]
         grads = self._grads.read(owners)
         if grads is None:
-            raise AssertionError("gradients that were checked do not fit; please report this")
+            raise bug("gradients that were checked do not fit")
         first_state = abi.SCALARS + rule.n_scalars
         self.tables = Tables(first_state + n_states, len(params), len(groups), self.device)
         host = self.tables.host_addresses
         for row, of_role in zip(host, [addresses[0], grads, *addresses[1:]], strict=True):
             row[:] = of_role
-        kernel = Kernel(rule, rule.flags(options), n_states, dtype, dtype, dtype)
+        kernel = Kernel(rule, rule.flags(options), n_states, dtype, of_grads.to_real(), dtype)
         param, self._grad_access, state = kernel.access(ACCESS)
         read = [abi.PARAM, abi.GRAD, *range(first_state, self.tables.roles)]
         access = np.array([param, self._grad_access, *[state] * n_states])

@@ -18,6 +18,7 @@ from agc_triton.rule import KernelRule, Work
 from agc_triton.sharded import Kind, any_sharded, local, locals_of
 from agc_triton.snapshot import Look
 from agc_triton.triton_path.buckets import Bucket, TensorUnits, plan_buckets
+from agc_triton.triton_path.gradients import grad_dtype
 from agc_triton.triton_path.launch_group import ACCESS, LaunchGroup, Member, kernel_layout
 from agc_triton.triton_path.scalars import OwnScalars, on_device
 from agc_triton.units import memory_order
@@ -167,10 +168,11 @@ class TritonPlan:
 
 
 class Preview(NamedTuple):
-    """What is launched for parameters of one device and dtype."""
+    """What is launched for parameters of one device and dtype, ``grad`` their gradients'."""
 
     device: torch.device
     dtype: torch.dtype
+    grad: torch.dtype
     states: int
     buckets: tuple[Bucket, ...]
     folds: int
@@ -188,15 +190,16 @@ def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:
             units = TensorUnits(layout, aligned, index, 0 if split else None)
             found[launch_key(rule, p, group)].append(units)
     previews = []
-    for (device, dtype, _, states), tensors in found.items():
+    for (device, (dtype, grad), _, states), tensors in found.items():
         planned = plan_buckets(tensors, dtype.to_real().itemsize, states)
-        previews.append(Preview(device, dtype, states, planned.buckets, len(planned.folds)))
+        previews.append(Preview(device, dtype, grad, states, planned.buckets, len(planned.folds)))
     return previews
 
 
 def launch_key(rule: KernelRule, param: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the parameters that are launched together have in common."""
-    return param.device, param.dtype, rule.flags(group), len(rule.states(group))
+    dtypes = param.dtype, grad_dtype(param)
+    return param.device, dtypes, rule.flags(group), len(rule.states(group))
 
 
 def _masks(

@@ -28,7 +28,7 @@ CLIPPING = 0.02
 def wrapped_sgd(
     params: Any, clipping: float = CLIPPING, unit_dim: int | None = None, **options: Any
 ) -> AGC:
-    return AGC(SGD(params, **options), clipping, unit_dim=unit_dim)
+    return AGC(SGD(params, **options), clipping=clipping, unit_dim=unit_dim)
 
 
 every_optimizer = pytest.mark.parametrize("make", [*OURS, wrapped_sgd])

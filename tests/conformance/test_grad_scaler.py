@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch.nn import Parameter
+from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from agc_triton import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
-from tests.support.tensors import parameters, same, set_grads
+from tests.support.optimizers import STATEFUL, STATEFUL_CASES, build
+from tests.support.places import DEVICE, KERNELS
+from tests.support.tensors import parameters, same, set_grads, weights
 from tests.support.training import train
 
 pytestmark = pytest.mark.usefixtures("either_block")
@@ -42,7 +45,7 @@ every_optimizer = pytest.mark.parametrize(
 )
 
 
-def scaled_grads(params: list[Parameter], seed: int, scaler: torch.amp.GradScaler) -> None:
+def scaled_grads(params: Sequence[Tensor], seed: int, scaler: torch.amp.GradScaler) -> None:
     set_grads(params, seed)
     scale = scaler.scale(torch.ones(()))
     for p in params:
@@ -87,3 +90,50 @@ def test_a_step_with_an_infinite_gradient_is_skipped(make: Any, cls: Any, fused:
     scaler.update()
     assert same(before, (params, optimizer.state_dict()))
     assert scaler.get_scale() == 4.0
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that claims to be on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if DEVICE == "cuda" else [])])
+@pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
+def test_the_torch_path_leaves_unscaling_to_the_scaler(name: str, mode: str, device: str) -> None:
+    params = weights(device=device)
+    optimizer: Any = build(name, params, {**STATEFUL[name], "backend": "torch"}, mode)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**12)
+    scaled_grads(params, 0, scaler)
+    scaler.step(optimizer)
+    given: list[Any] = [p.grad for p in params]
+    set_grads(params, 0)
+    assert same(given, [p.grad for p in params])
+
+
+@pytest.mark.parametrize("mode", ["foreach", "not fused", "differentiable"])
+def test_options_that_mean_the_torch_path_claim_nothing(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agc_triton.routing.kernels_missing", lambda: None)
+    on_gpu: Any = parameters([(4, 3)])[0].detach().as_subclass(OnGpu)
+    assert build("SGD", [on_gpu], {})._step_supports_amp_scaling  # type: ignore[attr-defined]  # torch's
+    assert not build("SGD", [on_gpu], {}, mode)._step_supports_amp_scaling  # type: ignore[attr-defined]  # likewise
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_switch_has_gradients_unscaled_before_the_kernels_run(name: str) -> None:
+    ours, theirs = KERNELS.weights(), KERNELS.weights()
+    options = {**STATEFUL[name], "clipping": 0.02, "backend": "triton"}
+    optimizer, expected = (build(name, params, options) for params in (ours, theirs))
+    optimizer.takes_scaled_grads = False  # type: ignore[attr-defined]  # ours
+    optimizer = copy.deepcopy(optimizer)
+    ours = optimizer.param_groups[0]["params"]
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12)
+    for seed in range(2):
+        scaled_grads(ours, seed, scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        train(expected, theirs, range(seed, seed + 1))
+        assert same([p.grad for p in ours], [p.grad for p in theirs])
+    assert same(ours, theirs)

@@ -51,7 +51,7 @@ OPTIONS: dict[Any, dict[str, Any]] = {
 
 
 def make_wrapped(params: Any, clipping: float = CLIPPING, **options: Any) -> AGC:
-    return AGC(SGD(params, **options), clipping)
+    return AGC(SGD(params, **options), clipping=clipping)
 
 
 def test_every_scheduler_of_torch_is_in_the_table() -> None:

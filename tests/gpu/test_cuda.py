@@ -127,8 +127,8 @@ def test_a_parameter_with_gaps_takes_the_torch_path_with_one_warning() -> None:
         for _ in range(2):
             oracle.step([param.grad])
         oracle.check([param], states_of(optimizer, [param]))
-    messages = [str(w.message) for w in caught]
-    assert messages == ["CUDA parameters take the torch path: it is not dense in memory"]
+    (warning,) = caught
+    assert "takes the torch path, which is slower: it is not dense in" in str(warning.message)
     assert len(plan_of(optimizer).parts[0].entries) == 1
 
 
@@ -240,7 +240,7 @@ def test_clipping_and_a_learning_rate_on_another_gpu() -> None:
     param = weight((3, 20), device="cuda:1")
     grad = grad_like(param)
     param.grad = grad.clone()
-    adaptive_clip_grad_([param], CLIPPING)
+    adaptive_clip_grad_([param], clipping=CLIPPING)
     check_clipped(param, grad, param.grad)
     options: dict[str, Any] = {**STATEFUL["AdamW"], **TRITON}
     lr = torch.tensor(0.5, device="cuda:0")

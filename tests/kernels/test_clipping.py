@@ -65,7 +65,7 @@ def test_units_next_to_their_limit(dtype: torch.dtype) -> None:
     grad = torch.zeros_like(param)
     grad[0, 1], grad[1, 2] = 1 - 1e-5, 1 + 1e-5
     param.grad = grad.clone()
-    adaptive_clip_grad_([param], 0.25, backend="triton")
+    adaptive_clip_grad_([param], clipping=0.25, backend="triton")
     assert torch.equal(param.grad[0], grad[0])
     assert not torch.equal(param.grad[1], grad[1])
     check_clipped(param, grad, param.grad, clipping=0.25)
@@ -77,7 +77,7 @@ def test_at_a_limit_under_the_smallest_norm_divided_by_no_bit_changes() -> None:
     param.grad = torch.zeros_like(param)
     param.grad[0, 1] = 2.0**-22
     before = param.grad.clone()
-    adaptive_clip_grad_([param], 0.5, agc_eps=2.0**-21, backend="triton")
+    adaptive_clip_grad_([param], clipping=0.5, agc_eps=2.0**-21, backend="triton")
     assert torch.equal(param.grad, before)
 
 
@@ -91,7 +91,7 @@ def test_clipping_alone(dtype: torch.dtype) -> None:
     grads = grads_like(params[:-1])
     kept = [p.clone() for p in params]
     assign(params[:-1], [grad.clone() for grad in grads])
-    adaptive_clip_grad_(params, CLIPPING, backend="triton")
+    adaptive_clip_grad_(params, clipping=CLIPPING, backend="triton")
     assert same(params, kept)
     assert params[-1].grad is None
     for param, grad in zip(params[:-1], grads, strict=True):

@@ -93,7 +93,7 @@ def test_clipping_alone(dtype: torch.dtype) -> None:
     grads = grads_like(kept)
     guarded = [Guarded(g) for g in grads]
     assign([p.tensor for p in params], [g.tensor for g in guarded])
-    adaptive_clip_grad_([p.tensor for p in params], CLIPPING, backend="triton")
+    adaptive_clip_grad_([p.tensor for p in params], clipping=CLIPPING, backend="triton")
     for p, g, before, grad in zip(params, guarded, kept, grads, strict=True):
         p.assert_intact()
         g.assert_intact()

@@ -36,7 +36,7 @@ def test_the_share_of_units_clipped_is_that_of_units_changed(scale: float) -> No
         for p in group["params"]:
             if group["clipping"]:
                 before = p.grad.clone()
-                adaptive_clip_grad_([p], group["clipping"], group["agc_eps"])
+                adaptive_clip_grad_([p], clipping=group["clipping"], agc_eps=group["agc_eps"])
                 rows = p.grad.flatten(1) if p.dim() > 1 else p.grad[None]
                 changed += int((rows != before.reshape(rows.shape)).any(1).sum())
                 units += len(rows)

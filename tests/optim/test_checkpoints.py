@@ -114,11 +114,11 @@ def test_to_torch_and_back_while_clipping(cls: Any, options: dict[str, Any]) -> 
     torchs = cls(torchs_params, **options)
     for seed in range(5):
         set_grads(torchs_params, seed)
-        adaptive_clip_grad_(torchs_params, CLIPPING)
+        adaptive_clip_grad_(torchs_params, clipping=CLIPPING)
         torchs.step()
         set_grads(params, seed)
         if type(optimizer) is cls:
-            adaptive_clip_grad_(params, CLIPPING)
+            adaptive_clip_grad_(params, clipping=CLIPPING)
         optimizer.step()
         other = PAIRS[cls] if type(optimizer) is cls else cls
         optimizer, params = move(optimizer, params, other)

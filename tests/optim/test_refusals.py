@@ -29,8 +29,8 @@ def two_groups() -> list[dict[str, Any]]:
 all_targets = pytest.mark.parametrize("target", TARGETS)
 
 
-def other_dtype(param: Parameter) -> None:
-    param.data = param.data.double()
+def other_kind(param: Parameter) -> None:
+    param.data = param.data.to(torch.complex64)
 
 
 def other_shape(param: Parameter) -> None:
@@ -70,7 +70,7 @@ def fsdp1_original(param: Parameter) -> None:
 
 
 DIFFERENT: list[Any] = [
-    (other_dtype, RuntimeError, ("dtype", "torch.float32", "torch.float64", "make them equal")),
+    (other_kind, RuntimeError, ("dtype", "torch.float32", "torch.complex64", "make them equal")),
     (other_shape, RuntimeError, ("shape", "[4, 3]", "[2, 6]", "make them equal")),
     (fsdp1, TypeError, ("FSDP1", "fully_shard", "clipping=0")),
     (fsdp1_original, TypeError, ("FSDP1", "fully_shard", "clipping=0")),
@@ -215,3 +215,17 @@ def test_what_the_functional_cannot_clip_at_all(
     with nothing_changes(params), pytest.raises(TypeError) as caught:
         adaptive_clip_grad_(given(module))
     assert_says(caught.value, f"not {called}", "model.parameters()")
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "raise", "skip_unit"])
+def test_the_way_round_a_sparse_gradient_works(nonfinite: str) -> None:
+    optimizer = SGD_AGC(parameters([(4, 3)]), lr=0.1, nonfinite=nonfinite)
+    (param,) = optimizer.param_groups[0]["params"]
+    sparse(param)
+    with pytest.raises(RuntimeError, match="sparse") as caught:
+        optimizer.step()
+    optimizer.param_groups[0]["clipping"] = 0
+    if nonfinite == "skip_unit":
+        assert_says(caught.value, "clipping=0", "nonfinite='propagate'")
+        optimizer.nonfinite = "propagate"
+    optimizer.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import StepLR
 
 from agc_triton import AGC, adaptive_clip_grad_
+from tests.support.bases import Lookahead
 from tests.support.tensors import grad_like, parameters, same, set_grads
 from tests.support.training import train
 
@@ -99,7 +99,7 @@ def test_steps_as_the_base_does_on_clipped_gradients(
     cls: Any, options: dict[str, Any], with_closure: bool
 ) -> None:
     ours, theirs = params_for(cls), params_for(cls)
-    wrapped, base = AGC(cls(ours, **options), CLIPPING), cls(theirs, **options)
+    wrapped, base = AGC(cls(ours, **options), clipping=CLIPPING), cls(theirs, **options)
     calls = {"ours": 0, "theirs": 0}
 
     def evaluate() -> Tensor:
@@ -109,12 +109,12 @@ def test_steps_as_the_base_does_on_clipped_gradients(
     def evaluate_and_clip() -> Tensor:
         calls["theirs"] += 1
         loss = backward(theirs)
-        adaptive_clip_grad_(theirs, CLIPPING)
+        adaptive_clip_grad_(theirs, clipping=CLIPPING)
         return loss
 
     for _ in range(3):
         if with_closure:
-            assert same(wrapped.step(evaluate), base.step(evaluate_and_clip))  # type: ignore[arg-type]  # a Tensor, as in torch's examples
+            assert same(wrapped.step(evaluate), base.step(evaluate_and_clip))
         else:
             evaluate()
             evaluate_and_clip()
@@ -134,7 +134,7 @@ def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
     cls: Any, coalesced: bool
 ) -> None:
     (ours,), (theirs,) = parameters([(7, 4)]), parameters([(7, 4)])
-    wrapped, base = AGC(cls([ours], lr=0.1), CLIPPING), cls([theirs], lr=0.1)
+    wrapped, base = AGC(cls([ours], lr=0.1), clipping=CLIPPING), cls([theirs], lr=0.1)
     for seed in range(3):
         values = grad_like(torch.empty(5, 4), seed)
         for param in (ours, theirs):
@@ -142,7 +142,7 @@ def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
                 torch.tensor([[5, 1, 5, 2, 1]]), values.clone(), (7, 4), check_invariants=True
             )
             param.grad = grad.coalesce() if coalesced else grad
-        adaptive_clip_grad_(theirs, CLIPPING)
+        adaptive_clip_grad_(theirs, clipping=CLIPPING)
         wrapped.step()
         base.step()
     assert same(ours, theirs)
@@ -153,15 +153,15 @@ def test_row_sparse_gradients_are_clipped_where_the_base_takes_them(
 
 def test_third_party_optimizers_keep_their_own_ways() -> None:
     ours, theirs = parameters(), parameters()
-    wrapped, base = AGC(SharpnessAware(ours), CLIPPING), SharpnessAware(theirs)
+    wrapped, base = AGC(SharpnessAware(ours), clipping=CLIPPING), SharpnessAware(theirs)
 
     def evaluate_and_clip() -> Tensor:
         loss = backward(theirs)
-        adaptive_clip_grad_(theirs, CLIPPING)
+        adaptive_clip_grad_(theirs, clipping=CLIPPING)
         return loss
 
     for _ in range(3):
-        ours_loss = wrapped.step(lambda: backward(ours))  # type: ignore[arg-type, return-value]  # a Tensor, as in torch's examples
+        ours_loss = wrapped.step(lambda: backward(ours))
         assert same(ours_loss, base.step(evaluate_and_clip))  # type: ignore[arg-type]  # likewise
     assert same(ours, theirs)
     assert wrapped.evaluate() == base.evaluate()
@@ -174,33 +174,15 @@ def test_third_party_optimizers_keep_their_own_ways() -> None:
     assert again.param_groups[0]["clipping"] == CLIPPING
 
 
-class Lookahead(Optimizer):
-    """As timm's: around another optimizer, without torch's constructor, with hooks never called."""
-
-    def __init__(self, inner: Optimizer) -> None:
-        self._optimizer_step_pre_hooks: dict[int, Any] = OrderedDict()
-        self.inner, self.defaults = inner, {**inner.defaults, "alpha": 0.5}
-        self.param_groups, self.state = inner.param_groups, inner.state
-        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]  # torch overloads it per closure type
-        loss = self.inner.step(closure) if closure else self.inner.step()
-        params = [p for g in self.param_groups for p in g["params"]]
-        for p, slow in zip(params, self.slow, strict=True):
-            p.copy_(slow.lerp_(p, 0.5))
-        return loss
-
-
 @pytest.mark.parametrize("with_closure", [False, True])
 def test_a_base_that_wraps_another_and_calls_no_hooks_is_clipped(with_closure: bool) -> None:
     (ours, inner), (theirs, expected) = sgd(), sgd()
-    wrapped, base = AGC(Lookahead(inner), CLIPPING), Lookahead(expected)
+    wrapped, base = AGC(Lookahead(inner), clipping=CLIPPING), Lookahead(expected)
     for seed in range(3):
         backward(ours, seed)
-        wrapped.step((lambda: 0.0) if with_closure else None)
+        wrapped.step((lambda seed=seed: backward(ours, seed)) if with_closure else None)
         backward(theirs, seed)
-        adaptive_clip_grad_(theirs, CLIPPING)
+        adaptive_clip_grad_(theirs, clipping=CLIPPING)
         base.step()
     assert same(ours, theirs)
     assert same(inner.state_dict()["state"], expected.state_dict()["state"])

@@ -74,7 +74,7 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
 def test_copies_go_on_as_the_original(cls: Any, copier: Callable[[Any], Any]) -> None:
     params = parameters()
     groups = [{"params": params[:2], "clipping": 0.5}, {"params": params[2:]}]
-    wrapped = AGC(cls(groups), CLIPPING, agc_eps=0.1, unit_dim=0)
+    wrapped = AGC(cls(groups), clipping=CLIPPING, agc_eps=0.1, unit_dim=0)
     train(wrapped, params, range(2))
     params2, wrapped2 = copier((params, wrapped))
     assert type(wrapped2) is AGC
@@ -96,11 +96,11 @@ def test_a_plain_checkpoint_keeps_the_settings(cls: Any, through_base: bool) -> 
 
     ours = copy.deepcopy(params)
     groups = [{"params": ours, "clipping": 0.5}]
-    wrapped = AGC(cls(groups, lr=9.0), CLIPPING, agc_eps=0.1, unit_dim=0)
+    wrapped = AGC(cls(groups, lr=9.0), clipping=CLIPPING, agc_eps=0.1, unit_dim=0)
     (wrapped.optimizer if through_base else wrapped).load_state_dict(checkpoint)
     for seed in (2, 3):
         set_grads(params, seed)
-        adaptive_clip_grad_(params, 0.5, 0.1, unit_dim=0)
+        adaptive_clip_grad_(params, clipping=0.5, agc_eps=0.1, unit_dim=0)
         plain.step()
     train(wrapped, ours, range(2, 4))
     (group,) = wrapped.param_groups
@@ -113,14 +113,14 @@ def test_a_plain_checkpoint_keeps_the_settings(cls: Any, through_base: bool) -> 
 @pytest.mark.parametrize("cls", PAIRS)
 def test_its_checkpoints_load_into_the_plain_base_and_the_wrapper(cls: Any) -> None:
     params = parameters()
-    wrapped = AGC(cls(params), CLIPPING)
+    wrapped = AGC(cls(params), clipping=CLIPPING)
     train(wrapped, params, range(2))
     plain_params, again_params = copy.deepcopy(params), copy.deepcopy(params)
     plain, again = cls(plain_params), AGC(cls(again_params), clipping=0.7)
     for loader in (plain, again):
         loader.load_state_dict(on_disk(wrapped.state_dict()))
     set_grads(plain_params, 2)
-    adaptive_clip_grad_(plain_params, CLIPPING)
+    adaptive_clip_grad_(plain_params, clipping=CLIPPING)
     plain.step()
     train(wrapped, params, range(2, 3))
     train(again, again_params, range(2, 3))
@@ -131,7 +131,7 @@ def test_its_checkpoints_load_into_the_plain_base_and_the_wrapper(cls: Any) -> N
 @pytest.mark.parametrize("cls", PAIRS)
 def test_agrees_with_the_class_of_the_same_name(cls: Any) -> None:
     ours, theirs = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
-    wrapped, fused = AGC(cls(ours), CLIPPING), PAIRS[cls](theirs, clipping=CLIPPING)
+    wrapped, fused = AGC(cls(ours), clipping=CLIPPING), PAIRS[cls](theirs, clipping=CLIPPING)
     for seed in range(4):
         train(wrapped, ours, range(seed, seed + 1))
         train(fused, theirs, range(seed, seed + 1))

@@ -150,7 +150,7 @@ def clipped(params: list[Tensor]) -> Callable[[], Any]:
     base = torch.optim.SGD(params, lr=0.5)
 
     def step() -> None:
-        adaptive_clip_grad_(params, 0.05)
+        adaptive_clip_grad_(params, clipping=0.05)
         base.step()
 
     return step

@@ -113,19 +113,20 @@ def norm(x: Rounded, axes: tuple[int, ...]) -> Rounded:
 def clip(p: Rounded, g: Rounded, shape: torch.Size, o: Options, stored: torch.dtype) -> Rounded:
     """limit = clipping * max(||p||, agc_eps); g * limit / max(||g||, 1e-6) where ||g|| > limit.
 
-    All of a tensor of squeezed rank <= 1 is one unit, else each index of ``unit_dim``. ``p`` may
-    carry an error, ``g`` is exact.
+    All of a tensor of squeezed rank <= 1 is one unit, else each index of ``unit_dim``. ``p``, in
+    what norms are computed in, may carry an error; ``g`` is exact, in the gradient's dtype.
     """
+    unclipped, g = g.to(stored), g.to(p.dtype)
     one_unit = sum(size != 1 for size in shape) <= 1
     unit_dim = None if one_unit else (o["unit_dim"] or 0) % len(shape)
     axes = tuple(axis for axis in range(np.ndim(p.value)) if axis != unit_dim)
     limit = norm(p, axes).maximum(o["agc_eps"]) * o["clipping"]
     g_norm = norm(g, axes)
     scaled = (g * (limit / g_norm.maximum(1e-6))).to(stored)
-    value = np.where(g_norm.value > limit.value, scaled.value, g.value)
+    value = np.where(g_norm.value > limit.value, scaled.value, unclipped.value)
     # So near to the limit that roundings decide, both branches give nearly the same.
     under = g_norm.value + g_norm.error < limit.value - limit.error
-    return Rounded(value, np.where(under, 0.0, scaled.error), stored)
+    return Rounded(value, np.where(under, unclipped.error, scaled.error), stored)
 
 
 def sgd(p: Rounded, g: Rounded, state: State, o: Options) -> tuple[Rounded, State]:
@@ -222,13 +223,13 @@ class Oracle:
         """Clip and update the parameters that have a gradient."""
         for i, grad in enumerate(grads):
             if grad is not None:
-                self._step(i, exact(as_float64(grad), self.tolerance.stored))
+                self._step(i, exact(as_float64(grad), grad.dtype.to_real()))
 
     def _step(self, i: int, g: Rounded) -> None:
         where, p = self.tolerance, self.params[i]
         if self.options["clipping"]:
-            norms = where.norms
-            g = clip(p.to(norms), g.to(norms), self.shapes[i], self.options, where.stored)
+            g = clip(p.to(where.norms), g, self.shapes[i], self.options, where.stored)
+        g = g.to(where.stored)
         g = -g if self.options["maximize"] else g
         before = {key: value.to(where.rule) for key, value in self.states[i].items()}
         p, state = self.rule(p.to(where.rule), g.to(where.rule), before, self.options)

@@ -150,5 +150,5 @@ def test_the_other_thread_clips_more_lists_than_plans_are_kept_for(
     for seed in range(2):
         grad = grad_like(param, seed)
         param.grad = grad.clone()
-        adaptive_clip_grad_(param, CLIPPING, backend=backend)
+        adaptive_clip_grad_(param, clipping=CLIPPING, backend=backend)
         check_clipped(param, grad, param.grad)

@@ -82,7 +82,7 @@ def test_the_functional_form_follows_the_oracle(monkeypatch: pytest.MonkeyPatch,
         param.grad = in_order(grad_like(param, 0), range(param.dim()))
         p, g = (exact(as_float64(t), tolerance.norms) for t in (param, param.grad))
         expected = clip(p, g, param.shape, options, tolerance.stored)
-        adaptive_clip_grad_(param, CLIPPING, unit_dim=unit_dim)
+        adaptive_clip_grad_(param, clipping=CLIPPING, unit_dim=unit_dim)
         assert_within(param.grad, expected, tolerance.margin, f"gradient, blocks of {block}")
 
 

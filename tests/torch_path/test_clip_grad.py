@@ -44,7 +44,7 @@ def test_follows_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None
     for seed in range(4):
         grad = grad_like(param, seed)
         param.grad = grad.clone()
-        adaptive_clip_grad_(param, 0.03, 1e-3)
+        adaptive_clip_grad_(param, clipping=0.03, agc_eps=1e-3)
         expected = clipped(param.detach().double(), grad.double(), 0.03)
         # Subnormal results, of fp16 that is below 6e-5, are rounded to multiples of this.
         step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -59,7 +59,7 @@ def test_complex_units_have_the_norm_of_their_moduli(
     (param,) = parameters([shape], dtype)
     grad = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     param.grad = grad.clone()
-    adaptive_clip_grad_(param, 0.03)
+    adaptive_clip_grad_(param, clipping=0.03)
     torch.testing.assert_close(param.grad, clipped(param.detach(), grad, 0.03))
 
 
@@ -73,7 +73,7 @@ def test_complex_units_of_fp16_whose_norms_leave_fp16(shape: tuple[int, ...]) ->
     norms = unitwise_norm(grad)
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms, unitwise_norm(grad.to(torch.complex64)))
-    adaptive_clip_grad_(param, 0.05)
+    adaptive_clip_grad_(param, clipping=0.05)
     wide = torch.complex64
     expected = clipped(param.detach().to(wide), grad.to(wide), 0.05)
     torch.testing.assert_close(param.grad.to(wide), expected, rtol=2**-10, atol=0)
@@ -84,7 +84,7 @@ def test_units_run_along_unit_dim(unit_dim: int) -> None:
     (param,) = parameters([(4, 3, 5)], torch.float64)
     grad = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     param.grad = grad.clone()
-    adaptive_clip_grad_(param, 0.1, unit_dim=unit_dim)
+    adaptive_clip_grad_(param, clipping=0.1, unit_dim=unit_dim)
     torch.testing.assert_close(param.grad, clipped(param.detach(), grad, 0.1, unit_dim=unit_dim))
 
 
@@ -92,7 +92,7 @@ def test_unit_dim_does_not_matter_where_the_tensor_is_one_unit() -> None:
     params = parameters([(), (5,), (5, 1, 1)])
     set_grads(params, 0)
     expected = [clipped(p.detach(), p.grad, 0.01) for p in params if p.grad is not None]
-    adaptive_clip_grad_(params, 0.01, unit_dim=7)
+    adaptive_clip_grad_(params, clipping=0.01, unit_dim=7)
     torch.testing.assert_close([p.grad for p in params], expected)
 
 
@@ -100,7 +100,7 @@ def test_unit_dim_does_not_matter_where_the_tensor_is_one_unit() -> None:
 def test_over_the_limit_the_norm_equals_it(dtype: torch.dtype) -> None:
     (param,) = parameters([(6, 50)], dtype)
     param.grad = 100 * torch.ones_like(param)
-    adaptive_clip_grad_(param, 0.01)
+    adaptive_clip_grad_(param, clipping=0.01)
     limit = 0.01 * unitwise_norm(param.detach())
     torch.testing.assert_close(unitwise_norm(param.grad), limit, rtol=RTOL[dtype], atol=0)
 
@@ -112,7 +112,7 @@ def test_under_the_limit_no_bit_changes(dtype: torch.dtype) -> None:
     grad = torch.tensor([[1e-3, -0.0, 0.0, 1e-3 / 3], [tiny, -tiny / 4, tiny / 2, 0.0], [0.0] * 4])
     param.grad = grad.to(dtype)
     before = param.grad.clone()
-    adaptive_clip_grad_(param, 0.01)
+    adaptive_clip_grad_(param, clipping=0.01)
     parts = torch.view_as_real if dtype.is_complex else torch.Tensor.detach
     assert bits(parts(param.grad)) == bits(parts(before))
 
@@ -123,7 +123,7 @@ def test_at_the_limit_no_bit_changes_and_one_above_it_does() -> None:
     above = torch.nextafter(torch.tensor(2.0), torch.tensor(3.0)).item()
     param.grad = torch.tensor([[1.5, 2.0], [1.5 + 2**-20, above]])
     tie, over = param.grad.clone()
-    adaptive_clip_grad_(param, 0.5)
+    adaptive_clip_grad_(param, clipping=0.5)
     assert bits(param.grad[0]) == bits(tie)
     assert torch.linalg.norm(param.grad[1]) < torch.linalg.norm(over)
 
@@ -133,7 +133,7 @@ def test_at_a_limit_under_the_smallest_norm_divided_by_no_bit_changes() -> None:
     param = Parameter(torch.zeros(1, 2))
     param.grad = torch.tensor([[2.0**-22, 0.0]])
     before = param.grad.clone()
-    adaptive_clip_grad_(param, 0.5, agc_eps=2.0**-21)
+    adaptive_clip_grad_(param, clipping=0.5, agc_eps=2.0**-21)
     assert bits(param.grad) == bits(before)
 
 
@@ -141,7 +141,7 @@ def test_at_a_limit_under_the_smallest_norm_divided_by_no_bit_changes() -> None:
 def test_zero_weights_get_a_limit_of_clipping_times_agc_eps(shape: tuple[int, ...]) -> None:
     param = Parameter(torch.zeros(shape))
     param.grad = torch.ones(shape)
-    adaptive_clip_grad_(param, 0.5, 0.01)
+    adaptive_clip_grad_(param, clipping=0.5, agc_eps=0.01)
     torch.testing.assert_close(
         unitwise_norm(param.grad), torch.full_like(unitwise_norm(param), 5e-3)
     )
@@ -150,7 +150,7 @@ def test_zero_weights_get_a_limit_of_clipping_times_agc_eps(shape: tuple[int, ..
 def test_zero_gradients_of_zero_weights_stay_zero() -> None:
     param = Parameter(torch.zeros(3, 4))
     param.grad = torch.zeros(3, 4)
-    adaptive_clip_grad_(param, 0.01, agc_eps=0.0)
+    adaptive_clip_grad_(param, clipping=0.01, agc_eps=0.0)
     assert bits(param.grad) == bits(torch.zeros(3, 4))
 
 
@@ -159,7 +159,7 @@ def test_fp16_gradients_whose_squares_leave_fp16(scale: float) -> None:
     param = Parameter(torch.full((4, 256), 1e-4, dtype=torch.float16))
     param.grad = torch.full((4, 256), scale, dtype=torch.float16)
     grad = param.grad.double()
-    adaptive_clip_grad_(param, 0.05)
+    adaptive_clip_grad_(param, clipping=0.05)
     expected = clipped(param.detach().double(), grad, 0.05)
     assert not torch.equal(expected, grad)
     # Half the step between the fp16 numbers around the result, subnormal or not.
@@ -177,7 +177,7 @@ def test_no_clipping_touches_nothing(clipping: float | None) -> None:
     dense.grad = torch.full((2, 3), math.inf)
     given = [p.grad for p in (odd, sparse, dense)]
     before = [g.clone() for g in given if g is not None]
-    adaptive_clip_grad_([odd, sparse, dense], clipping)
+    adaptive_clip_grad_([odd, sparse, dense], clipping=clipping)
     assert all(p.grad is g for p, g in zip((odd, sparse, dense), given, strict=True))
     assert same(before, given)
 
@@ -191,7 +191,7 @@ def test_takes_any_iterable(collect: Callable[[list[Parameter]], Iterable[Tensor
     params = parameters()
     set_grads(params, 0)
     expected = [clipped(p.detach(), p.grad, 0.01) for p in params if p.grad is not None]
-    adaptive_clip_grad_(collect(params), 0.01)
+    adaptive_clip_grad_(collect(params), clipping=0.01)
     torch.testing.assert_close([p.grad for p in params], expected)
 
 

@@ -18,7 +18,7 @@ def test_writes_through_a_gradient_that_is_a_view() -> None:
     buffer = torch.full((3, 8), 100.0)
     param = Parameter(torch.ones(3, 4))
     param.grad = buffer[:, ::2]
-    adaptive_clip_grad_(param, 0.01)
+    adaptive_clip_grad_(param, clipping=0.01)
     torch.testing.assert_close(buffer[:, ::2], torch.full((3, 4), 0.01))
     assert torch.equal(buffer[:, 1::2], torch.full((3, 4), 100.0))
 
@@ -41,7 +41,7 @@ def test_clips_gradients_of_any_strides_that_share_no_memory(
     inside.as_strided(shape, stride).fill_(True)
     expected = clipped(param.detach(), grad.clone(), 0.01)
     param.grad = grad
-    adaptive_clip_grad_(param, 0.01)
+    adaptive_clip_grad_(param, clipping=0.01)
     torch.testing.assert_close(param.grad, expected)
     assert torch.equal(memory[~inside], torch.full_like(memory[~inside], 7.0))
 
@@ -56,7 +56,7 @@ def test_refuses_gradients_whose_elements_share_memory(
     memory = torch.full((20,), 7.0)
     param.grad = memory.as_strided(shape, stride)
     with pytest.raises(RuntimeError, match=r"share memory.*\.clone\(\)"):
-        adaptive_clip_grad_(param, 0.01)
+        adaptive_clip_grad_(param, clipping=0.01)
     assert torch.equal(memory, torch.full((20,), 7.0))
 
 
@@ -81,7 +81,7 @@ def test_sparse_rows_are_clipped_as_dense_ones(
     assert weight.grad is not None
     if coalesced:
         weight.grad = weight.grad.coalesce()
-    adaptive_clip_grad_(weight, 0.05)
+    adaptive_clip_grad_(weight, clipping=0.05)
     assert weight.grad.layout is torch.sparse_coo
     assert weight.grad.coalesce().indices().tolist() == [sorted(set(indices))]
     torch.testing.assert_close(weight.grad.to_dense(), clipped(weight.detach(), dense, 0.05))
@@ -91,5 +91,5 @@ def test_coalesced_sparse_gradients_are_clipped_in_place() -> None:
     embedding, _ = sparse_embedding(4, [1, 2])
     assert embedding.weight.grad is not None
     grad = embedding.weight.grad = embedding.weight.grad.coalesce()
-    adaptive_clip_grad_(embedding.weight, 0.05)
+    adaptive_clip_grad_(embedding.weight, clipping=0.05)
     assert embedding.weight.grad is grad

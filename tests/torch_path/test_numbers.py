@@ -116,7 +116,7 @@ def test_zero_gradients_move_nothing(name: str, place: Place) -> None:
 def test_where_a_weight_is_nan_its_units_gradient_is_not_clipped(place: Place) -> None:
     param = torch.tensor([[torch.nan, 1.0], [1.0, 1.0]], device=place.device)
     param.grad = torch.ones_like(param)
-    adaptive_clip_grad_([param], CLIPPING, backend=place.backend)
+    adaptive_clip_grad_([param], clipping=CLIPPING, backend=place.backend)
     assert param.grad[0].tolist() == [1.0, 1.0]
     assert bool((param.grad[1] < 1.0).all())
 
@@ -140,16 +140,17 @@ def test_exactly_at_the_limit_no_bit_changes(place: Place, kind: str, dtype: tor
     param = place.weight(shape, dtype, unit_dim=unit_dim)
     grad = param / 4  # exactly, and so is its norm
     param.grad = grad.clone()
-    adaptive_clip_grad_([param], 0.25, unit_dim=unit_dim, backend=place.backend)
+    adaptive_clip_grad_([param], clipping=0.25, unit_dim=unit_dim, backend=place.backend)
     assert torch.equal(param.grad, grad)
-    adaptive_clip_grad_([param], 0.25 * (1 - 2**-6), unit_dim=unit_dim, backend=place.backend)
+    clipping = 0.25 * (1 - 2**-6)
+    adaptive_clip_grad_([param], clipping=clipping, unit_dim=unit_dim, backend=place.backend)
     assert bool((param.grad != grad).all())
 
 
 def test_the_next_number_over_the_limit_is_clipped(place: Place) -> None:
     param = torch.full((1,), 4.0, device=place.device)
     param.grad = torch.nextafter(param / 4, param)
-    adaptive_clip_grad_([param], 0.25, backend=place.backend)
+    adaptive_clip_grad_([param], clipping=0.25, backend=place.backend)
     assert torch.equal(param.grad, param / 4)
 
 
@@ -192,6 +193,6 @@ def test_fp16_squares_that_leave_fp16(place: Place, shape: tuple[int, ...], scal
     grad = torch.full_like(param, scale)
     param.grad = grad.clone()
     clipping, agc_eps = 2.0**-6, 1e-6
-    adaptive_clip_grad_([param], clipping, agc_eps, backend=place.backend)
+    adaptive_clip_grad_([param], clipping=clipping, agc_eps=agc_eps, backend=place.backend)
     check_clipped(param, grad, param.grad, place, clipping=clipping, agc_eps=agc_eps)
     assert torch.equal(param.grad, grad) is (scale < 2**-20)

@@ -78,7 +78,7 @@ def test_no_tensor_is_kept_alive() -> None:
 @pytest.mark.usefixtures("_guards")
 def test_gradients_may_differ_where_a_size_is_one() -> None:
     param = Parameter(torch.randn(4, 1, 1, 1))
-    gradients = Gradients([param])
+    gradients = Gradients([param], param.dtype)
     for _ in range(2):
         param.grad = torch.randn(4, 1, 1, 1).as_strided((4, 1, 1, 1), (1, 7, 7, 7))
         assert gradients.read([param]) == [param.grad.data_ptr()]
@@ -90,7 +90,7 @@ def test_gradients_may_differ_where_a_size_is_one() -> None:
 def test_gradients_laid_out_otherwise_are_copied_there_and_back() -> None:
     param, other = Parameter(torch.randn(3, 2)), Parameter(torch.randn(3))
     param.grad, other.grad = torch.randn(2, 3).t(), torch.randn(3)
-    gradients = Gradients([param, other])
+    gradients = Gradients([param, other], param.dtype)
     addresses = gradients.read([param, other])
     assert addresses is not None
     assert addresses[0] not in (0, param.grad.data_ptr())
@@ -103,7 +103,7 @@ def test_gradients_laid_out_otherwise_are_copied_there_and_back() -> None:
 @pytest.mark.parametrize("other", ["sparse", "narrowed", "double"])
 def test_gradients_that_no_plan_takes(other: str) -> None:
     param = Parameter(torch.randn(3, 3))
-    gradients = Gradients([param])
+    gradients = Gradients([param], param.dtype)
     changed = OTHERS[other](torch.randn(3, 3))
     assert changed is not None
     replaced = Parameter(changed.to_dense()) if other == "narrowed" else param
@@ -119,7 +119,7 @@ def test_gradients_negated_lazily_are_read_through_a_copy() -> None:
     for _ in range(2):
         grad = torch.randn(3, 3)
         param.grad = torch._neg_view(grad)
-        (address,) = Gradients([param]).read([param]) or [0]
+        (address,) = Gradients([param], param.dtype).read([param]) or [0]
         assert address not in (0, grad.data_ptr())
 
 

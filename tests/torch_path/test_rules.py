@@ -181,9 +181,9 @@ def test_fused_unscales_before_it_clips(name: str, shape: tuple[int, ...]) -> No
     options = {**STATEFUL[name], "clipping": CLIPPING}
     params = make_params(torch.float32)
     optimizer: Any = build(name, params, options, "fused")
-    assert optimizer._step_supports_amp_scaling
     oracle = Oracle(name, params, TOLERANCES["float32"], **options)
-    # What torch.amp.GradScaler sets around step(); a power of two unscales exactly.
+    # What GradScaler sets around step() of what takes scaled gradients, as other parameters of
+    # this optimizer may; a power of two unscales exactly.
     optimizer.grad_scale, optimizer.found_inf = torch.full(shape, 256.0), torch.zeros(shape)
     for step in range(STEPS):
         grads = make_grads(params, step)

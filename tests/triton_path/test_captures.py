@@ -165,7 +165,7 @@ def test_clipping_alone_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def clip(grads: list[Tensor]) -> None:
         assign(params, grads)
-        adaptive_clip_grad_(params, CLIPPING, backend="triton")
+        adaptive_clip_grad_(params, clipping=CLIPPING, backend="triton")
 
     with capture(monkeypatch), pytest.raises(RuntimeError, match="clipping once on them before"):
         clip(make_grads(0))
@@ -182,7 +182,7 @@ def test_clipping_alone_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [weights(TILE_SHAPES) for _ in range(9)]  # more than there are plans kept for
     for other in others:
         assign(other, make_grads(4))
-        adaptive_clip_grad_(other, CLIPPING, backend="triton")
+        adaptive_clip_grad_(other, clipping=CLIPPING, backend="triton")
     for graph, grads, seed in graphs:
         graph.replay()
         for p, grad, before in zip(params, grads, make_grads(seed), strict=True):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
 def clip_and_check(params: list[Tensor]) -> None:
     before = [None if p.grad is None else p.grad.clone() for p in params]
-    adaptive_clip_grad_(params, CLIPPING, backend="triton")
+    adaptive_clip_grad_(params, clipping=CLIPPING, backend="triton")
     for p, grad in zip(params, before, strict=True):
         if grad is not None:
             check_clipped(p, grad, p.grad)
@@ -57,11 +57,11 @@ def test_an_interrupted_clip_leaves_nothing_to_be_written_later(
     def interrupted(_launch: Launch, *_varying: Any) -> None:
         raise KeyboardInterrupt
 
-    adaptive_clip_grad_(param, 1e9, backend="triton")  # the plan is made
+    adaptive_clip_grad_(param, clipping=1e9, backend="triton")  # the plan is made
     with monkeypatch.context() as patch:
         patch.setattr(Launch, "fire", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            adaptive_clip_grad_(param, CLIPPING, backend="triton")
+            adaptive_clip_grad_(param, clipping=CLIPPING, backend="triton")
     first.fill_(7.0)
     param.grad = before.contiguous()
     clip_and_check([param])
@@ -121,5 +121,5 @@ def test_the_backend_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     param.grad = grad_like(param)
     for backend, launches in (("torch", 0), ("triton", 2), ("torch", 0), ("triton", 2)):
         fired.clear()
-        adaptive_clip_grad_([param], CLIPPING, backend=backend)
+        adaptive_clip_grad_([param], clipping=CLIPPING, backend=backend)
         assert len(fired) == launches

@@ -86,8 +86,8 @@ def test_the_first_step_is_in_inference_mode() -> None:
     training.move_grads()
     with torch.inference_mode():
         training.optimizer.step()
-        adaptive_clip_grad_(training.params, CLIPPING, backend="triton")
-    adaptive_clip_grad_(training.params, CLIPPING, backend="triton")
+        adaptive_clip_grad_(training.params, clipping=CLIPPING, backend="triton")
+    adaptive_clip_grad_(training.params, clipping=CLIPPING, backend="triton")
     training.train(2)
 
 
