@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES, BATCH = 10, 256
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parallel", choices=PARALLEL, default="fsdp2")
@@ -48,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.8)
     parser.add_argument("--clipping", type=float, default=0.04)
     parser.add_argument("--checkpoint", type=Path, help="folder to go on from and to save to")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def one_element(net: nn.Module) -> None:
@@ -63,7 +64,7 @@ def parallelized(net: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
     if how == "ddp":
         return DistributedDataParallel(net)
     if how == "tp":  # the batch is on all ranks then, and of the head each has some classes
-        plan = {"head": ColwiseParallel(output_layouts=Replicate())}
+        plan: dict[str, Any] = {"head": ColwiseParallel(output_layouts=Replicate())}
         return parallelize_module(net, mesh["shard"], plan)
     for block in net.blocks:  # type: ignore[union-attr]  # a Sequential
         fully_shard(block, mesh=mesh)
@@ -129,7 +130,7 @@ def epoch_of(net: nn.Module, optimizer: Any, scaler: Any, seed: int, args: Any) 
     rank, world = (0, 1) if args.parallel == "tp" else (dist.get_rank(), dist.get_world_size())
     dtype = AMP[args.amp]
     losses = []
-    for batch in order.split(BATCH)[:-1]:
+    for batch in torch.split(order, BATCH)[:-1]:
         own = batch[rank::world]
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             loss = F.cross_entropy(net(images[own]).float(), labels[own])
@@ -143,13 +144,8 @@ def epoch_of(net: nn.Module, optimizer: Any, scaler: Any, seed: int, args: Any) 
     return mean / dist.get_world_size()
 
 
-def main() -> None:
-    """Train, or go on."""
-    args = arguments()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+def train(args: argparse.Namespace, device: str) -> list[float]:
+    """Train, or go on; the loss of each epoch."""
     torch.manual_seed(0)  # the same weights on every rank
     net: nn.Module = NFNet(CLASSES)
     one_element(net)
@@ -158,11 +154,23 @@ def main() -> None:
     optimizer = SGD_AGC(groups, lr=args.lr, momentum=0.9, nesterov=True)
     scaler = torch.amp.GradScaler(device, enabled=args.amp == "fp16")
     checkpoint = Checkpoint(args.checkpoint, net, optimizer)
+    losses = []
     for epoch in range(checkpoint.load(), args.epochs):
-        loss = epoch_of(net, optimizer, scaler, epoch, args)
+        losses.append(float(epoch_of(net, optimizer, scaler, epoch, args)))
         checkpoint.save(epoch + 1)
         if dist.get_rank() == 0:
-            print(f"epoch {epoch + 1}: loss {loss:.4f}", flush=True)
+            print(f"epoch {epoch + 1}: loss {losses[-1]:.4f}", flush=True)
+    return losses
+
+
+def main() -> None:
+    """One of the ranks that torchrun starts."""
+    args = arguments()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    train(args, device)
     dist.destroy_process_group()
 
 

@@ -97,7 +97,8 @@ def on_this_rank(rank: int) -> dict[str, Any]:
             found.append(distribute_tensor(tensor, meshes[mesh], placements, src_data_rank=None))
         return found
 
-    return {str(case): step_case(case, distributed) for case in CASES}
+    cases = CASES if rank < 2 else [case for case in CASES if case[0] != "2"]
+    return {str(case): step_case(case, distributed) for case in cases}
 
 
 def step_case(case: tuple[str, str, int, str], distributed: Any) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def test_equal_to_one_process(
     states = [states_of(optimizer.state[p]) for p in params]
     steps = [float(optimizer.state[p].get("step", STEPS)) for p in params]
     split_over = {"2": 1, "4": 1, "2 x 2": 2}[mesh]
-    for each in ranks:
+    for each in ranks[:2] if mesh == "2" else ranks:
         found = each[str((mesh, name, mode, backend))]
         torch.testing.assert_close(found["values"], params, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(found["states"], states, rtol=2e-6, atol=2e-6)

@@ -43,7 +43,7 @@ def test_steps_follow_the_oracle_while_options_come_and_go(name: str, torch_plac
     options = {**STATEFUL[name], "clipping": CLIPPING, "backend": "torch"}
     training = Training(name, [{"params": [p]} for p in params], **options)
     training.train(2)
-    blocks = training.optimizer._paths.blocks
+    blocks = training.optimizer._paths.torch.blocks
     assert {index for index, _ in blocks} == {0}
     for index, change in ((1, {"lr": 0.25}), (3, {"clipping": 0.5}), (2, {"agc_eps": 0.1})):
         training.groups[index].update(change)
@@ -51,7 +51,7 @@ def test_steps_follow_the_oracle_while_options_come_and_go(name: str, torch_plac
     for group in training.groups:
         group.update(lr=0.125, clipping=CLIPPING, agc_eps=1e-3)
     training.train(2)
-    assert {index for index, _ in training.optimizer._paths.blocks} == {0}
+    assert {index for index, _ in training.optimizer._paths.torch.blocks} == {0}
 
 
 @pytest.mark.parametrize("spoil", ["option", "gradient"])
