@@ -157,6 +157,7 @@ def compiled_steps(count: int) -> Iterator[None]:
 deprecated = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.mark.soak  # Inductor
 @deprecated
 def test_every_group_is_compiled(graphs: list[Any]) -> None:
     seen = [0]

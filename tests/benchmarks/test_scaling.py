@@ -62,6 +62,7 @@ def test_writes_and_draws_every_case(
 
     original = scaling.time_case
     monkeypatch.setattr(scaling, "time_case", time_case)
+    monkeypatch.setattr(scaling.gc, "collect", int)  # of all that tests have left behind
     monkeypatch.setattr(scaling, "PASSES", 2)
     monkeypatch.setattr(scaling, "ROUNDS", Rounds(1, 1))
     monkeypatch.setattr(scaling, "THREADS", 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from agc_triton.torch_path import blocks
 from tests.support.checks import states_of, step_with
 from tests.support.optimizers import (
+    EACH_RULE,
     MODES,
     NAMES,
     STATEFUL,
@@ -176,7 +177,7 @@ def test_blocks_that_cut_units(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     check_skips(name, params, OPTIONS[name], steps)
 
 
-@every_name
+@pytest.mark.parametrize("name", EACH_RULE)
 def test_units_that_several_programs_share_are_counted_once(name: str) -> None:
     params = on_device([weight((2, 20_484)), weight((20_481,))])
     options = {**OPTIONS[name], "backend": "triton"}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.support.interpreter import interpret_without_gpu
-from tests.support.optimizers import NAMES, build, stateful
+from tests.support.optimizers import EACH_RULE, NAMES, build, stateful
 from tests.support.places import PLACES, Place, label
 from tests.support.tensors import FEW_SHAPES, same, set_grads
 
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 STOP, END = 2, 4
 CASES = {
     f"{name}, {label(place)}, {dtype}": (name, place, dtype)
-    for name, place, dtype in itertools.product(NAMES, PLACES, DTYPES)
+    for name, place, dtype in itertools.product(EACH_RULE, PLACES, DTYPES)
 }
 
 every_name = pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agc_triton import AGC, SGD_AGC, AdamW_AGC, adaptive_clip_grad_
 from tests.sharded.test_placements import BACKENDS
-from tests.support.ranks import RANKS, on_ranks
+from tests.support.ranks import RANKS, once_on_ranks
 from tests.support.tensors import grad_like, same, weight
 
 OPTIONS: dict[str, Any] = {"lr": 0.5, "clipping": 0.05}
@@ -131,7 +131,7 @@ def on_this_rank(rank: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank ends with."""
-    return on_ranks(on_this_rank, tmp_path_factory.mktemp("ranks"))
+    return once_on_ranks(on_this_rank, __name__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

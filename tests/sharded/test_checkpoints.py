@@ -151,7 +151,9 @@ def handed_over(_rank: int) -> list[Any]:
         lambda params: AGC(torch.optim.AdamW(params, lr=0.05), clipping=0.05),
     ]
     found = []
-    for make, variant in itertools.product(makes, VARIANTS):
+    # The wrapper hands its base over: two of them show it.
+    pairs = [*itertools.product(makes[:1], VARIANTS), *itertools.product(makes[1:], VARIANTS[-2:])]
+    for make, variant in pairs:
         options = StateDictOptions(**variant)
         nets = [model_on(mesh) for _ in range(2)]
         optimizers = [make(net.parameters()) for net in nets]
@@ -170,6 +172,6 @@ def handed_over(_rank: int) -> list[Any]:
 
 def test_every_option_of_a_state_dict(tmp_path: Path) -> None:
     for each in on_ranks(handed_over, tmp_path, 2):
-        assert len(each) == 2 * len(VARIANTS)
+        assert len(each) == len(VARIANTS) + 2
         differ = [i for i, (expected, found) in enumerate(each) if not same(expected, found)]
         assert not differ

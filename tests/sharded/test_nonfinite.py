@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support.optimizers import NAMES, STATEFUL, build
-from tests.support.ranks import RANKS, on_ranks
+from tests.support.ranks import RANKS, once_on_ranks
 from tests.support.tensors import same, weight
 
 # Along the units, and across them: then both ranks hold a part of the unit with the NaN.
@@ -56,7 +56,7 @@ def step(rank: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank ends with."""
-    return on_ranks(step, tmp_path_factory.mktemp("ranks"))
+    return once_on_ranks(step, __name__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("dim", SHARDED)

@@ -9,9 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from filelock import FileLock
 
 from tests.support.interpreter import interpret_without_gpu
 
@@ -44,4 +46,21 @@ def on_ranks(work: Callable[[int], Any], folder: Path, ranks: int = RANKS) -> li
     multiprocessing.set_forkserver_preload(PRELOAD)
     start: Any = mp.start_processes  # type: ignore[attr-defined]  # torch.multiprocessing has no __all__
     start(_run, (work, str(folder), ranks), nprocs=ranks, start_method="forkserver")
+    return _results(folder, ranks)
+
+
+def once_on_ranks(
+    work: Callable[[int], Any], name: str, factory: pytest.TempPathFactory, ranks: int = RANKS
+) -> list[Any]:
+    """The same for a module's fixture, once for all workers that run its tests."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            on_ranks(work, folder, ranks)
+    return _results(folder, ranks)
+
+
+def _results(folder: Path, ranks: int) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]

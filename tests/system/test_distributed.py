@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.optimizers import NAMES, PAIRS, STATEFUL, build
 from tests.support.places import DEVICE
-from tests.support.ranks import RANKS, on_ranks
+from tests.support.ranks import RANKS, once_on_ranks
 from tests.support.tensors import same
 
 STEPS = 3
@@ -64,7 +64,7 @@ def train_both(rank: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank ends with."""
-    return on_ranks(train_both, tmp_path_factory.mktemp("ranks"))
+    return once_on_ranks(train_both, __name__, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)

@@ -14,7 +14,7 @@ from agc_triton import AGC, SGD_AGC, adaptive_clip_grad_
 from tests.support.checks import check_clipped, oracle_for, states_of, step_and_check
 from tests.support.optimizers import (
     CLIPPING,
-    NAMES,
+    EACH_RULE,
     STATEFUL_CASES,
     TRITON,
     build,
@@ -27,7 +27,7 @@ from tests.support.tensors import TILE_SHAPES, assign, grads_like, same
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 # Of the parameter and of its gradient: wider, narrower, and as wide.
-PAIRS = [(f32, bf16), (f32, f64), (bf16, f32), (f64, f32), (f16, bf16)]
+PAIRS = [(f32, bf16), (f32, f64), (bf16, f32)]
 pairs = pytest.mark.parametrize(("dtype", "grad_dtype"), PAIRS, ids=str)
 
 
@@ -61,7 +61,7 @@ def check(
 
 
 @pairs
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_RULE)
 def test_follows_the_oracle(
     name: str, dtype: torch.dtype, grad_dtype: torch.dtype, place: Place
 ) -> None:
@@ -74,7 +74,7 @@ def test_follows_the_oracle_in_every_mode(name: str, mode: str) -> None:
         check(name, CPU, f32, bf16, mode)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_RULE)
 def test_unclipped_steps_are_those_on_converted_gradients(name: str, place: Place) -> None:
     ours, theirs = leaves(place, f32, bf16), leaves(place, f32, f32)
     options = {**stateful(name), "clipping": 0, "backend": place.backend}
@@ -147,7 +147,7 @@ def test_what_the_base_does_not_take_is_its_own_affair() -> None:
         AGC(Adam(params), clipping=CLIPPING).step()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_RULE)
 def test_scaled_gradients_are_unscaled_before_they_are_rounded(name: str, place: Place) -> None:
     scale = 2.0**16
     ours, theirs = leaves(place, f16, f32), leaves(place, f16, f32)
