@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_writes_and_draws_every_case(
 
     original = scaling.time_case
     monkeypatch.setattr(scaling, "time_case", time_case)
-    monkeypatch.setattr(scaling.gc, "collect", int)  # of all that tests have left behind
+    monkeypatch.setattr(gc, "collect", int)  # of all that tests have left behind
     monkeypatch.setattr(scaling, "PASSES", 2)
     monkeypatch.setattr(scaling, "ROUNDS", Rounds(1, 1))
     monkeypatch.setattr(scaling, "THREADS", 1)
