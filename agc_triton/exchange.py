@@ -87,11 +87,6 @@ class Exchange:
         """Where the sums of a parameter's units are; None if nothing of them lies elsewhere."""
         return self._places.get(id(param))
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All memory."""
-        return [tensor for pool in self._pools for tensor in pool]
-
     def start(self) -> None:
         """Add up what this rank's are, without waiting for it."""
         import torch.distributed as dist

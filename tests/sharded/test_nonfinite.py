@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.sharded.test_placements import BACKENDS
 from tests.support.optimizers import NAMES, STATEFUL, build
 from tests.support.ranks import RANKS, once_on_ranks
 from tests.support.tensors import same, weight
 
 # Along the units, and across them: then both ranks hold a part of the unit with the NaN.
 SHARDED = (0, 1)
-CASES = list(itertools.product(NAMES, ("raise", "skip_unit"), SHARDED))
+CASES = [
+    *itertools.product(NAMES, ("raise", "skip_unit"), SHARDED, BACKENDS[:1]),
+    *itertools.product(["SGD"], ("raise", "skip_unit"), SHARDED, BACKENDS[1:]),
+]
 
 
 def start() -> tuple[Tensor, Tensor]:
@@ -25,8 +29,15 @@ def start() -> tuple[Tensor, Tensor]:
     return param, grad
 
 
-def options(name: str, nonfinite: str) -> dict[str, Any]:
-    return {**STATEFUL[name], "clipping": 0.05, "nonfinite": nonfinite}
+def options(name: str, nonfinite: str, backend: str) -> dict[str, Any]:
+    own = {"clipping": 0.05, "nonfinite": nonfinite, "backend": backend}
+    return {**STATEFUL[name], **own}
+
+
+def cases(nonfinite: str) -> pytest.MarkDecorator:
+    """Of these, all but what ``nonfinite`` does."""
+    found = [(name, dim, backend) for name, own, dim, backend in CASES if own == nonfinite]
+    return pytest.mark.parametrize(("name", "dim", "backend"), found)
 
 
 def step(rank: int) -> dict[str, Any]:
@@ -37,11 +48,11 @@ def step(rank: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (RANKS,))
     results = {}
     for case in CASES:
-        name, nonfinite, dim = case
+        name, nonfinite, dim, backend = case
         param, grad = (distribute_tensor(t, mesh, [Shard(dim)]) for t in start())
         assert bool(grad.to_local().isnan().any()) is (rank == RANKS - 1)
         param.grad = grad
-        optimizer: Any = build(name, [param], options(name, nonfinite))
+        optimizer: Any = build(name, [param], options(name, nonfinite, backend))
         error = ""
         try:
             optimizer.step()
@@ -59,24 +70,26 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return once_on_ranks(step, __name__, tmp_path_factory)
 
 
-@pytest.mark.parametrize("dim", SHARDED)
-@pytest.mark.parametrize("name", NAMES)
-def test_nan_on_one_rank_raises_on_both(ranks: list[Any], name: str, dim: int) -> None:
-    for result in (each[str((name, "raise", dim))] for each in ranks):
+@cases("raise")
+def test_nan_on_one_rank_raises_on_both(
+    ranks: list[Any], name: str, dim: int, backend: str
+) -> None:
+    for result in (each[str((name, "raise", dim, backend))] for each in ranks):
         assert "parameter 0 of group 0" in result["error"]
         assert f"NaN on rank {RANKS - 1}" in result["error"]
         assert same(result["values"], [start()[0]])  # and no states
 
 
-@pytest.mark.parametrize("dim", SHARDED)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_unit_is_skipped_on_both_ranks(ranks: list[Any], name: str, dim: int) -> None:
+@cases("skip_unit")
+def test_a_unit_is_skipped_on_both_ranks(
+    ranks: list[Any], name: str, dim: int, backend: str
+) -> None:
     param, grad = start()
     param.grad = grad
-    optimizer: Any = build(name, [param], options(name, "skip_unit"))
+    optimizer: Any = build(name, [param], options(name, "skip_unit", backend))
     optimizer.step()
     expected = [param, *(x for k, x in optimizer.state[param].items() if k != "step")]
-    first, second = (each[str((name, "skip_unit", dim))] for each in ranks)
+    first, second = (each[str((name, "skip_unit", dim, backend))] for each in ranks)
     assert same(first["values"], second["values"])
     assert first["error"] == second["error"] == ""
     # Of rows the last rank alone holds the one with NaN, of columns each holds a part of it.
