@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from agc_triton.kernels.begin import begin
+from agc_triton.kernels.fold import fold
 from agc_triton.kernels.step import step
 from agc_triton.triton_path import launches
 from agc_triton.triton_path.buckets import BucketPlan, TileShape
@@ -53,6 +54,13 @@ def compile_step(
     return _compile(step, constexprs, kernel.compute, options, arch)
 
 
+@functools.cache
+def compile_fold(kernel: launches.Kernel, arch: str) -> Any:
+    """`fold`, for units that ranks share."""
+    options = target_of(arch).options(launches.FOLD_WARPS, pdl=False)
+    return _compile(fold, launches.fold_constexprs(), kernel.compute, options, arch)
+
+
 def target_of(arch: str) -> launches.Target:
     """What kernels are compiled for there."""
     hip = arch.startswith("gfx")
@@ -73,7 +81,11 @@ def _compile_begin(constexprs: tuple[tuple[str, Any], ...], compute: torch.dtype
 
 _TYPES = {
     **dict.fromkeys(
-        ("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr", "skipped_ptr"), "*i64"
+        (
+            *("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr", "skipped_ptr"),
+            "folds_ptr",
+        ),
+        "*i64",
     ),
     **dict.fromkeys(("prepared_ptr", "groups_ptr"), "*fp64"),
     **dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"), "*fp32"),
@@ -86,7 +98,7 @@ def _compile(
 ) -> Any:
     sums = "*fp64" if compute == torch.float64 else "*fp32"
     names = [name for name in kernel.arg_names if name not in constexprs]
-    types = {name: sums if name == "sums_ptr" else _TYPES[name] for name in names}
+    types = {name: _TYPES.get(name, sums) for name in names}  # sums and those that ranks add up
     signature = {**types, **dict.fromkeys(constexprs, "constexpr")}
     # Tables start at addresses that torch's allocators align to 64 bytes or more.
     aligned = [(i,) for i, name in enumerate(names) if types[name].startswith("*")]

@@ -153,11 +153,12 @@ def test_kernels_are_not_reported_where_they_are_interpreted(
 COMPILE = """
 import inspect, re, torch, triton
 from triton.runtime import jit
-from agc_triton.triton_path.buckets import TensorUnits, TileShape, ideal_shape
+from agc_triton.triton_path.buckets import TensorUnits, TileShape, ideal_shape, plan_buckets
 from agc_triton.triton_path.launches import step_constexprs
 from agc_triton.units import UnitLayout
 from benchmarks.kernel_report import kernel_of
-from benchmarks.lib.compiled import compile_step, resident_warps, step_code, target_of
+from benchmarks.lib.compiled import compile_begin, compile_fold, compile_step
+from benchmarks.lib.compiled import resident_warps, step_code, target_of
 
 def shape_of(length, itemsize, states):
     return ideal_shape(TensorUnits(UnitLayout(1, 1, 2, length), True, 0), itemsize, states)
@@ -191,6 +192,15 @@ for arch, first, last in (
 ):
     code = step_code(shape, kernel, arch, first, last)
     print("order", arch, code.waits, code.triggers)
+
+# Of units that ranks share: all that a step launches for them.
+tensors = [TensorUnits(UnitLayout(1, 1, 2, 1 << 17), True, 0, 0)]
+plan = plan_buckets(tensors, 4, kernel.states)
+(bucket,) = plan.buckets
+for arch in ("90", "gfx942"):
+    launches = compile_begin(plan, kernel, arch), compile_fold(kernel, arch)
+    compile_step(bucket.shape, kernel, arch)
+    print("shared", arch, len(plan.folds), *(launch.name for launch in launches))
 
 # What Triton calls for jit_post_compile_hook and jit_cache_hook; it knows functions from 3.7 on.
 class Anything: pass
@@ -245,6 +255,10 @@ def test_launches_overlap_where_they_can(compiled: dict[str, list[list[str]]]) -
         ["80", "0", "0"],
         *(["90", *pair] for pair in (("1", "1"), ("2", "1"), ("2", "0"), ("1", "0"))),
     ]
+
+
+def test_what_ranks_share_compiles_too(compiled: dict[str, list[list[str]]]) -> None:
+    assert compiled["shared"] == [[arch, "2", "begin", "fold"] for arch in ("90", "gfx942")]
 
 
 def test_hooks_can_describe_our_kernels_where_they_can_any_that_take_a_function(
