@@ -19,8 +19,6 @@ from tests.support.places import DEVICE
 from tests.support.plans import plan_of
 from tests.support.tensors import grad_like, same, weight
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the fake ranks are on the CPU")
-
 # Of the whole, each sharded along its last dimension: a unit in rows, in registers, split, alone.
 SHAPES = [(3, 10), (5, 700), (2, 41_000), (1, 90), (2, 3, 8)]
 
@@ -32,7 +30,7 @@ def mesh() -> Iterator[Any]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield init_device_mesh("cpu", (2,))
+    yield init_device_mesh(DEVICE, (2,))
     dist.destroy_process_group()
 
 
@@ -53,7 +51,7 @@ def test_step_as_units_of_what_lies_here(
     monkeypatch.setattr(buckets, "ACROSS_SPAN", span)
     monkeypatch.setattr(buckets, "SPLIT_CHUNKS", {2: 1, 4: 1, 8: 1})  # a tile, and spans, are short
     options = {**stateful(name), "clipping": CLIPPING, "nonfinite": nonfinite}
-    whole = [weight(shape, device="cpu", seed=i) for i, shape in enumerate(SHAPES)]
+    whole = [weight(shape, device=DEVICE, seed=i) for i, shape in enumerate(SHAPES)]
     params = shared(mesh, whole)
     here = [p.to_local().clone() for p in params]
     both = [build(name, tensors, {**options, "backend": "triton"}) for tensors in (params, here)]
