@@ -82,7 +82,8 @@ class PackedBlock:
 
     def _norms(self) -> Tensor:
         """Of all units here."""
-        return torch.cat([torch.linalg.vector_norm(m, dim=1) for m in self._matrices])
+        norms = [torch.linalg.vector_norm(m, dim=1) for m in self._matrices]
+        return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
 def _length(slice_: Slice) -> int:

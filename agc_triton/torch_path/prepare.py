@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class TorchPath:
         scaler = None if scale is None else scale.reshape(()), found_inf
         together = merged(groups)
         # All states of all groups are created before any is updated.
-        collected = [_collect(work, group) for _, group in together]
+        collected = _collect(work, [group for _, group in together])
         for index, group in groups:
             check_options(group, index)
         used: set[tuple[int, int]] = set()
@@ -195,14 +196,13 @@ def _scale_split_(params: list[Tensor], factors: Callable[[], Mapping[int, Tenso
             grad.copy_(grad * found[id(param)])
 
 
-def _collect(work: Work, group: dict[str, Any]) -> Batches:
-    """What has a gradient; where torch objects, our own checks speak first."""
+def _collect(work: Work, groups: list[dict[str, Any]]) -> list[Batches]:
+    """What of each has a gradient; where torch objects, our own checks speak first."""
+    on_cpu = torch.get_default_device().type == "cpu"
     try:
-        if torch.get_default_device().type == "cpu":
-            return work.collect(group)
         # torch makes step counts on the default device, and would look for them on a CPU.
-        with torch.device("cpu"):
-            return work.collect(group)
+        with nullcontext() if on_cpu else torch.device("cpu"):
+            return [work.collect(group) for group in groups]
     except Exception:
         check_work(work)
         raise
