@@ -64,10 +64,10 @@ def overflow_elsewhere(mesh: Any, rank: int) -> list[Tensor]:
     return [p.full_tensor() for p in params]
 
 
-def missing(mesh: Any, rank: int, backend: str) -> list[Tensor]:
+def missing(mesh: Any, rank: int, cls: Any, backend: str) -> list[Tensor]:
     """The shared unit and the columns have a gradient on the first rank only."""
     params = distributed(mesh, weights())
-    optimizer = SGD_AGC(params, **OPTIONS, backend=backend)
+    optimizer = cls(params, **OPTIONS, weight_decay=0, backend=backend)
     for _ in range(2):
         for i, (p, g) in enumerate(zip(params, distributed(mesh, grads()), strict=True)):
             p.grad = None if i and rank else g
@@ -122,7 +122,8 @@ def on_this_rank(rank: int) -> dict[str, Any]:
     found["elsewhere"] = overflow_elsewhere(mesh, rank)
     for backend in BACKENDS:
         found[f"overflow {backend}"] = overflow(mesh, rank, backend)
-        found[f"missing {backend}"] = missing(mesh, rank, backend)
+        for cls in (SGD_AGC, AdamW_AGC):
+            found[f"missing {cls.__name__} {backend}"] = missing(mesh, rank, cls, backend)
         found[f"partial {backend}"] = partial_sums(mesh, rank, backend)
         found[f"explained {backend}"] = explained(mesh, backend)
     return found
@@ -149,12 +150,13 @@ def test_what_one_rank_found_goes_for_all(ranks: list[Any]) -> None:
         assert same(each["elsewhere"], weights())
 
 
+@pytest.mark.parametrize("cls", [SGD_AGC, AdamW_AGC])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_on_some_ranks_only_counts_as_zero_elsewhere(
-    ranks: list[Any], backend: str
+    ranks: list[Any], backend: str, cls: Any
 ) -> None:
     params = weights()
-    optimizer = SGD_AGC(params, **OPTIONS)
+    optimizer = cls(params, **OPTIONS, weight_decay=0)
     for _ in range(2):
         for i, (p, g) in enumerate(zip(params, grads(), strict=True)):
             p.grad = g
@@ -163,8 +165,14 @@ def test_a_gradient_on_some_ranks_only_counts_as_zero_elsewhere(
             if i == 2:
                 p.grad[3:] = 0
         optimizer.step()
+    # Without decay what has a gradient of zeros from the start stays, and what has none stays.
+    parts = [(..., slice(6)), (..., slice(3)), (..., slice(3))]
     for each in ranks:
-        torch.testing.assert_close(each[f"missing {backend}"], params, rtol=2e-6, atol=2e-6)
+        found = each[f"missing {cls.__name__} {backend}"]
+        for value, expected, before, part in zip(found, params, weights(), parts, strict=True):
+            torch.testing.assert_close(value[part], expected[part], rtol=2e-6, atol=2e-6)
+            rest = part[-1].stop
+            assert torch.equal(value[..., rest:], before[..., rest:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
