@@ -6,7 +6,7 @@ import enum
 import functools
 import math
 from collections.abc import Iterable
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from agc_triton.units import (
 
 # to_local makes another tensor of a parameter at every call.
 _local = attrgetter("_local_tensor")
-_place = attrgetter("_spec.placements", "_spec.mesh")
+_spec = attrgetter("_spec")
+_grad = attrgetter("grad")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -66,25 +67,21 @@ def place_gradients(params: Iterable[Any]) -> bool:
 
     Sums over ranks that are missing are made: gradients come so from SequenceParallel.
     """
-    there = [p for p in params if p.grad is not None]
-    grads = [p.grad for p in there]
-    if _places(grads) == _places(there):
-        return True
-    for param, grad in zip(there, grads, strict=True):
-        if placed_alike(grad, param):
+    params = list(params)
+    grads = list(map(_grad, params))
+    try:
+        if all(map(is_, map(_spec, grads), map(_spec, params))):  # as fully_shard makes them
+            return True
+    except AttributeError:  # some have no gradient, or are no DTensors
+        pass
+    for param, grad in zip(params, grads, strict=True):
+        if grad is None or placed_alike(grad, param):
             continue
         if getattr(grad, "device_mesh", 0) != getattr(param, "device_mesh", 1):
             return False
         with torch.no_grad():
             param.grad = grad.redistribute(placements=param.placements)
     return True
-
-
-def _places(tensors: list[Any]) -> list[Any]:
-    try:
-        return list(map(_place, tensors))
-    except AttributeError:  # not all are DTensors
-        return [getattr(tensor, "_spec", None) and _place(tensor) for tensor in tensors]
 
 
 class Kind(enum.Enum):

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -127,9 +127,17 @@ def build(
 ) -> Optimizer:
     """An optimizer over parameters with gradients, dealt out to equal groups."""
     for p in params:
-        p.grad = torch.randn_like(p)
+        p.grad = like(p.detach())
     dealt = [{"params": params[i::groups], "weight_decay": 0.01 * i} for i in range(groups)]
     return make(dealt, **options)
+
+
+def like(grad: Tensor) -> Tensor:
+    """Another one; of a DTensor with its own spec, as fully_shard makes them."""
+    if isinstance(grad, DTensor):
+        local = torch.empty_like(grad.to_local())
+        return DTensor(local, grad._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return torch.empty_like(grad)
 
 
 def change(optimizer: Optimizer) -> None:
@@ -137,7 +145,7 @@ def change(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] *= 0.999
         for p in group["params"]:
-            p.grad = torch.empty_like(p.grad)
+            p.grad = like(p.grad)
 
 
 def measure(mesh: DeviceMesh, tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
