@@ -49,7 +49,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.8)
     parser.add_argument("--clipping", type=float, default=0.04)
     parser.add_argument("--checkpoint", type=Path, help="folder to go on from and to save to")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.parallel == "tp" and args.amp == "fp16":  # only the head's parameters are DTensors
+        parser.error("torch's GradScaler refuses plain gradients beside DTensors': use --amp bf16")
+    return args
 
 
 def one_element(net: nn.Module) -> None:

@@ -15,6 +15,23 @@ from tests.support.ranks import on_ranks
 ROOT = Path(__file__).parents[2]
 
 
+# torch's GradScaler refuses what tensor parallelism of a part of the network gives it.
+WAYS = [
+    (parallel, amp)
+    for parallel in ("ddp", "fsdp2", "hsdp", "tp")
+    for amp in ("off", "bf16", "fp16")
+    if (parallel, amp) != ("tp", "fp16")
+]
+
+
+def test_what_gradscaler_refuses_is_refused_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from examples.train_sharded import arguments
+
+    with pytest.raises(SystemExit):
+        arguments(["--parallel", "tp", "--amp", "fp16"])
+    assert "use --amp bf16" in capsys.readouterr().err
+
+
 def trained(arguments: list[str], _rank: int) -> list[float]:
     from examples.train_sharded import arguments as parsed
     from examples.train_sharded import train
@@ -42,8 +59,7 @@ def test_goes_on_elsewhere_as_if_nothing_had_happened(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "hsdp", "tp"])
+@pytest.mark.parametrize(("parallel", "amp"), WAYS)
 def test_torchrun_in_every_way_and_precision(parallel: str, amp: str, tmp_path: Path) -> None:
     def run(ranks: int, epochs: int) -> list[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
