@@ -49,7 +49,7 @@ class Paths:
         sharding = self._sharding.of(work)
         if sharding.kinds:
             bring_gradients(work.groups)
-            found_inf = agreed(found_inf, work.groups)
+            found_inf = agreed(found_inf, sharding.ranks)
         if work.nonfinite == "raise":
             _check_finite(work, found_inf, capturing)
         skipped = self.skipped if work.nonfinite == "skip_unit" else None

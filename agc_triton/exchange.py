@@ -19,6 +19,7 @@ from agc_triton.sharded import (
     is_sharded,
     local,
     locals_of,
+    mesh_groups,
     process_groups,
     units_here,
 )
@@ -148,15 +149,16 @@ def _overlap(a: Collective, b: Collective) -> bool:
 class Sharding(NamedTuple):
     """How DTensors lie on the ranks, by their id, and where units that are split are added up.
 
-    ``split`` says it of all parameters.
+    ``split`` says it of all parameters; ``ranks`` are the process groups that share any of them.
     """
 
     kinds: dict[int, Kind]
     split: list[bool]
+    ranks: list[Any]
     exchange: Exchange | None
 
 
-NOTHING = Sharding({}, [], None)
+NOTHING = Sharding({}, [], [], None)
 
 
 def sharding_of(work: Work) -> Sharding:
@@ -168,8 +170,9 @@ def sharding_of(work: Work) -> Sharding:
             kinds[id(param)] = kind = work.kind_of(param, group)
             if kind is Kind.SPLIT:
                 split.append((param, group["unit_dim"]))
-    mask = [kinds.get(id(p)) is Kind.SPLIT for g in work.groups for p in g["params"]]
-    return Sharding(kinds, mask, Exchange(split) if split else None)
+    params = [param for group in work.groups for param in group["params"]]
+    mask = [kinds.get(id(param)) is Kind.SPLIT for param in params]
+    return Sharding(kinds, mask, mesh_groups(params), Exchange(split) if split else None)
 
 
 class CachedSharding:

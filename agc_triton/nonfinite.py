@@ -95,15 +95,15 @@ def update_others(update: Update, lists: TensorLists, bad: Sequence[Tensor]) -> 
             old.copy_(torch.where(skipped, old, new))
 
 
-def agreed(found_inf: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    """GradScaler's verdict of all ranks that share any of these parameters, if there is one.
+def agreed(found_inf: Tensor | None, ranks: Sequence[Any]) -> Tensor | None:
+    """GradScaler's verdict over all ranks of these process groups, if there is one.
 
     torch goes by the placement of the first gradient alone.
     """
     if found_inf is not None:
         found_inf = found_inf.clone()
-        for ranks in mesh_groups([param for group in groups for param in group["params"]]):
-            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, ranks)
+        for group in ranks:
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
     return found_inf
 
 
@@ -122,9 +122,9 @@ def check_finite(groups: Sequence[Mapping[str, Any]]) -> None:
                 here = torch.zeros(1, device=local(param).device)
             at[here.device].append((index, i))
             found[here.device].append(_fault(here))
-    ranks = mesh_groups([param for group in groups for param in group["params"]])
-    rank = torch.distributed.get_rank() if ranks else 0
     for device, faults in found.items():
+        ranks = mesh_groups([groups[index]["params"][i] for index, i in at[device]])
+        rank = torch.distributed.get_rank() if ranks else 0
         # The rank is in the number, so that the largest over all ranks says who has it.
         flags = torch.stack(faults)
         flags = torch.where(flags > 0, flags + 2 * rank, 0)

@@ -125,3 +125,17 @@ def either_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         from agc_triton.torch_path import blocks
 
         monkeypatch.setattr(blocks, "PACKED", 0)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[Any]:
+    """A mesh of two ranks, the first of which is this process; what it sends goes nowhere."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from tests.support.places import DEVICE
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh(DEVICE, (2,))
+    dist.destroy_process_group()

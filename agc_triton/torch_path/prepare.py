@@ -68,7 +68,7 @@ class TorchPath:
 
     def release(self) -> None:
         """Let go of states that have been replaced."""
-        self.blocks = {}
+        self.blocks, self._split = {}, {}
 
     def prepare(self, work: Work, groups: list[tuple[int, dict[str, Any]]], given: Given) -> Beats:
         """What updates these groups, all of it checked before any of it runs.
@@ -77,8 +77,11 @@ class TorchPath:
             RuntimeError, TypeError, ValueError: as `AGCOptimizer.step`; nothing has been changed.
         """
         beats, scale, found_inf = Beats(), given.grad_scale, given.found_inf
+        if not groups:
+            self.release()
+            return beats
         # A host sync on CUDA, as GradScaler itself has for optimizers it cannot fuse with.
-        if groups and found_inf is not None and found_inf.item():
+        if found_inf is not None and found_inf.item():
             return beats
         scaler = None if scale is None else scale.reshape(()), found_inf
         together = merged(groups)

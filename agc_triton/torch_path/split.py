@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agc_triton.exchange import Exchange, Pool
 from agc_triton.nonfinite import update_others
-from agc_triton.norms import ONE, Clip, clip_factors, norms_over
+from agc_triton.norms import Clip, clip_factors, norms_over
 from agc_triton.rule import Rule, TensorLists, Update, pick
 from agc_triton.sharded import axes_here, local, locals_of
 from agc_triton.snapshot import Look
@@ -148,11 +148,13 @@ def prepare_split(
     by_dtype: defaultdict[Any, list[int]] = defaultdict(list)
     for i, param in enumerate(lists.params):
         by_dtype[param.dtype, param.device].append(i)
+    # What is empty here has no factors.
+    empty = torch.ones((), device=lists.params[0].device)
     updates = [(at, _update_of(rule, group, lists.select(at))) for at in by_dtype.values()]
 
     def update() -> None:
         found = factors()
-        own = [found.get(key, ONE) for key in keys]  # what is empty here has no factors
+        own = [found.get(key, empty) for key in keys]
         for indices, update_some in updates:
             _clip_and_update(update_some, lists.select(indices), pick(indices, own), clip)
 
@@ -187,7 +189,7 @@ def _clip_and_update(
         grads = [g.masked_fill(skip, 0.0) for g, skip in zip(grads, bad, strict=True)]
         factors = [factor.nan_to_num(1.0) for factor in factors]
     dtype = lists.params[0].dtype
-    if {factors[0].dtype, dtype} == {grad.dtype for grad in grads}:
+    if {factors[0].dtype, *(grad.dtype for grad in grads)} == {dtype}:
         grads = list(torch._foreach_mul(grads, list(factors)))
     else:
         grads = [(g * f).to(dtype) for g, f in zip(grads, factors, strict=True)]

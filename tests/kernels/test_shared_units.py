@@ -5,39 +5,20 @@ So they come out as units of what lies here alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from agc_triton.triton_path import buckets
 from tests.support.optimizers import CLIPPING, build, stateful
 from tests.support.places import DEVICE
 from tests.support.plans import plan_of
+from tests.support.ranks import shared
 from tests.support.tensors import grad_like, same, weight
 
 # Of the whole, each sharded along its last dimension: a unit in rows, in registers, split, alone.
 SHAPES = [(3, 10), (5, 700), (2, 41_000), (1, 90), (2, 3, 8)]
-
-
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    """Two ranks, of which this is the first."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield init_device_mesh(DEVICE, (2,))
-    dist.destroy_process_group()
-
-
-def shared(mesh: Any, tensors: list[Tensor]) -> list[Any]:
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    return [distribute_tensor(t, mesh, [Shard(t.dim() - 1)], src_data_rank=None) for t in tensors]
 
 
 @pytest.mark.parametrize("span", [buckets.ACROSS_SPAN, 64], ids=["one part", "several parts"])
@@ -46,20 +27,20 @@ def shared(mesh: Any, tensors: list[Tensor]) -> list[Any]:
     [("SGD", "skip_unit"), ("AdamW", "propagate"), ("RMSprop", "propagate")],
 )
 def test_step_as_units_of_what_lies_here(
-    name: str, nonfinite: str, span: int, mesh: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, nonfinite: str, span: int, two_ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(buckets, "ACROSS_SPAN", span)
     monkeypatch.setattr(buckets, "SPLIT_CHUNKS", {2: 1, 4: 1, 8: 1})  # a tile, and spans, are short
     options = {**stateful(name), "clipping": CLIPPING, "nonfinite": nonfinite}
     whole = [weight(shape, device=DEVICE, seed=i) for i, shape in enumerate(SHAPES)]
-    params = shared(mesh, whole)
+    params = shared(two_ranks, whole)
     here = [p.to_local().clone() for p in params]
     both = [build(name, tensors, {**options, "backend": "triton"}) for tensors in (params, here)]
     for step in range(2):
         grads = [grad_like(w, 10 * step + i) for i, w in enumerate(whole)]
         if nonfinite == "skip_unit":
             grads[1][2, 5] = grads[2][1, 0] = torch.nan
-        for param, plain, grad in zip(params, here, shared(mesh, grads), strict=True):
+        for param, plain, grad in zip(params, here, shared(two_ranks, grads), strict=True):
             param.grad, plain.grad = grad, grad.to_local()
         for optimizer in both:
             optimizer.step()

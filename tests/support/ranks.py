@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from filelock import FileLock
+from torch import Tensor
 
 from tests.support.interpreter import interpret_without_gpu
 
@@ -64,3 +65,10 @@ def once_on_ranks(
 
 def _results(folder: Path, ranks: int) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def shared(mesh: Any, tensors: Sequence[Tensor]) -> list[Any]:
+    """Of tensors that every rank has, DTensors that are sharded along their last dimension."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return [distribute_tensor(t, mesh, [Shard(t.dim() - 1)], src_data_rank=None) for t in tensors]
