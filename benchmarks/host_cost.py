@@ -136,7 +136,7 @@ def like(grad: Tensor) -> Tensor:
     """Another one; of a DTensor with its own spec, as fully_shard makes them."""
     if isinstance(grad, DTensor):
         local = torch.empty_like(grad.to_local())
-        return DTensor(local, grad._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return DTensor(local, grad._spec, requires_grad=False)  # type: ignore[no-untyped-call]  # torch has no types for it
     return torch.empty_like(grad)
 
 
