@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor
 from agc_triton.dispatch import Clipper
 from agc_triton.norms import Clip, clip_factors, norms_over, spread, unit_norms
 from agc_triton.options import AGC_OPTIONS
+from agc_triton.records import Recording, UnitOrder, UnitRecords
 from agc_triton.routing import check_backend
-from agc_triton.sharded import any_sharded
+from agc_triton.sharded import any_sharded, axes_here, local
 from agc_triton.units import UnitDim, unit_axes
 from agc_triton.validation import (
     bring_gradients,
@@ -50,6 +52,7 @@ def adaptive_clip_grad_(
     agc_eps: float = 1e-3,
     unit_dim: UnitDim = None,
     backend: str = "auto",
+    ratios: list[Tensor | None] | None = None,
 ) -> None:
     """Clip ``.grad`` in place, unit by unit; parameters without a gradient are skipped.
 
@@ -60,6 +63,10 @@ def adaptive_clip_grad_(
     Args:
         parameters: a tensor or an iterable of tensors.
         clipping, agc_eps, unit_dim, backend: as in `agc_triton.AdamW_AGC`.
+        ratios: a list that is filled with ||g|| / max(||w||, agc_eps) of each unit before clipping:
+            per parameter an fp32 tensor shaped as its `unitwise_norm`, on its device, or None where
+            there is no gradient; nothing waits. With ``clipping=0`` too. Of a DTensor's units they
+            are those on this rank.
 
     Raises:
         TypeError, ValueError: no tensors, or an option of the wrong type or out of range.
@@ -69,8 +76,19 @@ def adaptive_clip_grad_(
     options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
     check_options(options)
     params = _as_list(parameters)
-    if clipping:
-        clip_groups_([{"params": params, **options}], backend, _clipper(params))
+    if ratios is not None and not isinstance(ratios, list):
+        raise TypeError(f"ratios must be a list to fill, not {type(ratios).__name__}")
+    if not clipping and ratios is None:
+        return
+    clipper = _clipper(params)
+    if ratios is not None and not clipper.recorder.every:
+        clipper.recorder.track(1, warn=False)
+    clip_groups_([{"params": params, **options}], backend, clipper, ratios is not None)
+    if ratios is not None:
+        ratios[:] = [
+            None if p.grad is None else _shaped(clipper.recorder.records, p, unit_dim)
+            for p in params
+        ]
 
 
 def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -103,8 +121,35 @@ def _clipper(params: list[Tensor]) -> Clipper:
     return clipper
 
 
-def clip_groups_(groups: Sequence[Mapping[str, Any]], backend: str, clipper: Clipper) -> None:
+def _shaped(records: UnitRecords, param: Tensor, unit_dim: UnitDim) -> Tensor | None:
+    """A parameter's latest ratios, as `unitwise_norm` shapes a tensor's norms."""
+    place = records.place(param)
+    if place is None:  # it has no units
+        return None
+    page, i = place
+    here = local(param)
+    values, axes = page.members[i].as_norms(page.ratios[page.at(i)]), axes_here(param, unit_dim)
+    if len(values) != math.prod(parts for _, parts in axes):  # those of the whole DTensor
+        here, axes = param, unit_axes(param.shape, unit_dim)
+    sizes = [1] * here.dim()
+    for dim, parts in axes:
+        sizes[dim] = parts
+    values = values.clone().reshape(sizes)
+    for dim, parts in axes:
+        if parts and parts != here.shape[dim]:
+            values = values.repeat_interleave(here.shape[dim] // parts, dim)
+    return values
+
+
+def clip_groups_(
+    groups: Sequence[Mapping[str, Any]],
+    backend: str,
+    clipper: Clipper,
+    tracked: bool | None = None,
+) -> None:
     """Check all gradients of all groups, then clip them in place; clipping 0 or None skips a group.
+
+    Whether ratios are kept is ``tracked``, or the clipper's recorder says it.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `adaptive_clip_grad_`; nothing has been changed.
@@ -125,9 +170,10 @@ def clip_groups_(groups: Sequence[Mapping[str, Any]], backend: str, clipper: Cli
             params = [p for p in params if p.grad is None or p.grad.layout is torch.strided]
         names = {"param_names": group["param_names"]} if "param_names" in group else {}
         dense.append({**{key: group[key] for key in AGC_OPTIONS}, **names, "params": params})
-    clipper.clip_(dense, backend)
+    others = [group for group in groups if not group["clipping"]]
+    recording = clipper.clip_(dense, others, backend, tracked)
     for param, clip in sparse:
-        _clip_sparse_rows_(param, clip)
+        _clip_sparse_rows_(param, clip, recording)
 
 
 def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -152,8 +198,11 @@ def _check_sparse_rows(param: Tensor, grad: Tensor, unit_dim: UnitDim, name: str
         )
 
 
-def _clip_sparse_rows_(param: Tensor, clip: Clip) -> None:
-    """Clip a row-sparse gradient, each row present against its row of the parameter."""
+def _clip_sparse_rows_(param: Tensor, clip: Clip, recording: Recording) -> None:
+    """Clip a row-sparse gradient, each row present against its row of the parameter.
+
+    The ratios of rows that are not there are NaN.
+    """
     grad = param.grad
     assert grad is not None
     if not grad.is_coalesced():
@@ -162,4 +211,12 @@ def _clip_sparse_rows_(param: Tensor, clip: Clip) -> None:
     weight, dims = param, tuple(range(2))
     if unit_axes(param.shape, clip.unit_dim):
         weight, dims = param[grad.indices()[0]], (1,)
-    values.mul_(clip_factors(norms_over(weight, dims), norms_over(values, dims), clip))
+    p_norms, g_norms = norms_over(weight, dims), norms_over(values, dims)
+    if recording.number is not None:
+        order = UnitOrder.of_norms(param, clip.unit_dim)
+        page = recording.records.page(param.device, [(param, order)])
+        ratios = (g_norms / p_norms.clamp(min=clip.agc_eps)).reshape(-1).to(page.ratios.dtype)
+        rows = grad.indices()[0] if order.sizes else slice(None)
+        page.ratios.fill_(math.nan)[rows] = ratios
+        page.numbers.fill_(recording.number)
+    values.mul_(clip_factors(p_norms, g_norms, clip))

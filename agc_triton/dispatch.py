@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from agc_triton.exchange import CachedSharding, Exchange, Sharding
-from agc_triton.nonfinite import SkippedUnits, agreed, check_finite
+from agc_triton.exchange import CachedSharding, Sharding
+from agc_triton.nonfinite import agreed, check_finite
 from agc_triton.options import check_levels
+from agc_triton.records import Recording
 from agc_triton.routing import eligible, wants_triton
 from agc_triton.rule import KernelRule, Rule, Work
 from agc_triton.snapshot import Cached
+from agc_triton.torch_path.clip import track_grads
 from agc_triton.torch_path.prepare import Beats, Given, TorchPath
+from agc_triton.tracking import Recorder
 from agc_triton.validation import bring_gradients, check_work
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ class Paths:
     def __init__(self) -> None:
         self.triton, self.torch = TritonPath(), TorchPath()
         self._sharding = CachedSharding()
-        self.skipped = SkippedUnits()
+        self.recorder = Recorder()
 
     def release(self) -> None:
         """Let go of states that have been replaced."""
@@ -52,28 +55,29 @@ class Paths:
             found_inf = agreed(found_inf, sharding.ranks)
         if work.nonfinite == "raise":
             _check_finite(work, found_inf, capturing)
-        skipped = self.skipped if work.nonfinite == "skip_unit" else None
+        recording = self.recorder.next(work.nonfinite == "skip_unit", capturing)
         with _whole_states(work.state):
             check = partial(check_work, work)
-            plan = self.triton.prepare(work, check, skipped, sharding, capturing, "step()")
+            plan = self.triton.prepare(work, check, recording, sharding, capturing, "step()")
             rest = list(enumerate(work.groups)) if plan is None else plan.rest(work.groups)
-            beats = self.torch.prepare(work, rest, Given(skipped, sharding, grad_scale, found_inf))
-        _run(beats, plan, sharding.exchange, grad_scale, found_inf, capturing)
+            given = Given(recording, sharding, grad_scale, found_inf)
+            beats = self.torch.prepare(work, rest, given)
+        _run(beats, plan, given, capturing)
+        self.recorder.step_made(recording, work.groups, capturing)
 
 
 def _run(
     beats: Beats,
     plan: TritonPlan | None,
-    exchange: Exchange | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    given: Given,
     capturing: bool,
 ) -> None:
     """Both paths; what is whole on this rank is updated while sums go over ranks."""
+    exchange = given.sharding.exchange
     # Torch's sums first, as ranks may fail each other before anything has been written.
     beats.begin()
     if plan is not None:
-        plan.begin(grad_scale, found_inf, capturing)
+        plan.begin(given.grad_scale, given.found_inf, given.recording.number, capturing)
     if exchange is not None:
         exchange.start()
     if plan is not None:
@@ -108,7 +112,7 @@ class TritonPath:
         self,
         work: Work,
         check: Callable[[], None],
-        skipped: SkippedUnits | None,
+        recording: Recording,
         sharding: Sharding,
         capturing: bool,
         what: str,
@@ -121,7 +125,7 @@ class TritonPath:
             RuntimeError, TypeError, ValueError: what ``check`` raises before a plan is made.
         """
 
-        exchange = sharding.exchange
+        exchange, records = sharding.exchange, recording.of_plans
 
         def make() -> TritonPlan | None:
             if not any(wants_triton(work.backend, group) for group in work.groups):
@@ -140,10 +144,12 @@ class TritonPath:
             from agc_triton.triton_path.scalars import OwnScalars
 
             self._own = self._own or OwnScalars()
-            return TritonPlan(work, taken, self._own, skipped, exchange, self.captured)
+            return TritonPlan(work, taken, self._own, recording, exchange, self.captured)
 
         return self._cached.get(
-            lambda plan: plan.look(work, exchange), make, lambda plan: plan.write_tables(work)
+            lambda plan: plan.look(work, exchange, records),
+            make,
+            lambda plan: plan.write_tables(work),
         )
 
 
@@ -169,14 +175,27 @@ class Clipper:
         self._triton, self._torch = TritonPath(), TorchPath()
         self._sharding = CachedSharding()
         self._no_state: dict[Tensor, dict[str, Any]] = {}
+        self.recorder = Recorder()
 
     @property
     def captured(self) -> list[Any]:
         """What the replays of captured graphs read."""
         return self._triton.captured
 
-    def clip_(self, groups: Sequence[dict[str, Any]], backend: str) -> None:
+    def clip_(
+        self,
+        groups: Sequence[dict[str, Any]],
+        others: Sequence[Mapping[str, Any]],
+        backend: str,
+        tracked: bool | None,
+    ) -> Recording:
         """Clip dense gradients on both paths; they have been checked.
+
+        Args:
+            groups: what is clipped.
+            others: what is not, and tracked in a step that is.
+            backend: as an optimizer's.
+            tracked: whether this one is; None to go by the recorder.
 
         Raises:
             RuntimeError: ``backend="triton"`` and a parameter that the kernels cannot take.
@@ -184,10 +203,16 @@ class Clipper:
         capturing = is_capturing()
         work = Work("", CLIP, groups, self._no_state, lambda group: [], backend, "propagate")
         sharding = self._sharding.of(work)
-        plan = self._triton.prepare(work, lambda: None, None, sharding, capturing, "clipping")
+        recording = self.recorder.next(False, capturing, tracked)
+        given = Given(recording, sharding, None, None)
+        plan = self._triton.prepare(work, lambda: None, recording, sharding, capturing, "clipping")
         rest = list(enumerate(groups)) if plan is None else plan.rest(groups)
-        beats = self._torch.prepare_clipping(work, rest, sharding)
-        _run(beats, plan, sharding.exchange, None, None, capturing)
+        beats = self._torch.prepare_clipping(work, rest, given)
+        if recording.number is not None:
+            beats.meanwhile += [partial(track_grads, group, recording) for group in others]
+        _run(beats, plan, given, capturing)
+        self.recorder.step_made(recording, [*groups, *others], capturing)
+        return recording
 
 
 def preview(work: Work, taken: Sequence[list[Tensor]]) -> list[Preview]:

@@ -190,7 +190,7 @@ class CachedSharding:
 
     def _look(self, work: Work, params: list[Tensor], sharding: Sharding) -> Look:
         options = [
-            (len(g["params"]), g["unit_dim"], work.needs_units(g), bool(g.get("differentiable")))
+            (len(g["params"]), g["unit_dim"], work.sums_units(g), bool(g.get("differentiable")))
             for g in work.groups
         ]
         # Their memory may move between devices.

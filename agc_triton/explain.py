@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from agc_triton.dispatch import preview
 from agc_triton.exchange import sharding_of
+from agc_triton.extras import needed
 from agc_triton.routing import reasons
 from agc_triton.rule import Work
 from agc_triton.units import count_units, has_units
@@ -34,13 +35,7 @@ def explain(work: Work, bandwidth: float) -> DataFrame:
     Raises:
         ImportError: pandas is not installed.
     """
-    try:
-        import pandas as pd  # it takes longer to import than all of this package
-    except ImportError as error:
-        raise ImportError(
-            f"explain() makes a pandas.DataFrame, and pandas cannot be imported ({error}); install"
-            " it with: pip install pandas"
-        ) from error
+    pd = needed("pandas", "explain() makes a pandas.DataFrame")
     taken: list[list[Tensor]] = []
     others: defaultdict[tuple[str, str, str], list[tuple[Tensor, int, int]]] = defaultdict(list)
     for index, group in enumerate(work.groups):
@@ -83,7 +78,8 @@ def explain(work: Work, bandwidth: float) -> DataFrame:
     total = {key: table[key].sum() for key in ("tensors", "units", "elements", "bytes", "launches")}
     table.loc[len(table)] = _row("", "", "", "", "total", **total)
     table["floor_ms"] = table["bytes"] / bandwidth * 1e3
-    return table
+    made: DataFrame = table
+    return made
 
 
 def _kind(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

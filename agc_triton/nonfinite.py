@@ -29,43 +29,6 @@ def check_nonfinite(nonfinite: str) -> None:
         )
 
 
-class SkippedUnits:
-    """Counts units that were left alone, on their devices; only `total` waits for these."""
-
-    def __init__(self) -> None:
-        self._by_unit: dict[torch.device, list[Tensor]] = {}
-        self._found: dict[torch.device, Tensor] = {}
-
-    def by_unit(self, device: torch.device, n: int) -> Tensor:
-        """At least ``n`` counts, for kernels to add to.
-
-        Counts handed out earlier stay, as a captured graph may write to them.
-        """
-        counts = self._by_unit.setdefault(device, [])
-        if not counts or len(counts[-1]) < n:
-            counts.append(torch.zeros(n, dtype=torch.int64, device=device))
-        return counts[-1]
-
-    def find(self, norms: Tensor) -> Tensor:
-        """Which units to leave alone; they are counted.
-
-        As in the kernels it is the sum of squares that has to be finite.
-        """
-        bad = ~torch.isfinite(norms.detach() * norms.detach())
-        count = _all_of(bad.sum())
-        if count.device not in self._found:
-            # What is made in inference mode cannot be written to outside of it.
-            with torch.inference_mode(False):
-                self._found[count.device] = torch.zeros_like(count)
-        self._found[count.device].add_(count)
-        return bad
-
-    def total(self) -> int:
-        """All units counted so far."""
-        by_unit = [count.sum() for counts in self._by_unit.values() for count in counts]
-        return sum(map(int, [*by_unit, *self._found.values()]))
-
-
 class SavedUnits:
     """A copy of the units to leave alone, of parameters and states that an update overwrites.
 
@@ -155,9 +118,3 @@ def _values(grad: Tensor) -> Tensor:
     if grad.layout is torch.sparse_coo:
         grad = grad.coalesce().values()
     return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
-
-
-def _all_of(value: Tensor) -> Tensor:
-    """A DTensor's value over all ranks; any other tensor as it is."""
-    gather = getattr(value, "full_tensor", None)
-    return value if gather is None else gather()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from agc_triton.nonfinite import SkippedUnits
+from agc_triton.records import Recording, Units
 from agc_triton.units import UnitDim, unfolded, unit_axes
 
 # Gradient norms are not taken for smaller than this when they divide (the authors' code).
@@ -21,19 +21,23 @@ ZERO, ONE = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
 class Clip(NamedTuple):
     """The AGC settings of one parameter group: limit = clipping * max(||w||, agc_eps).
 
-    ``skipped`` is there if units whose gradient norm is not finite are left alone and counted.
+    With ``skip`` units whose gradient norm is not finite are left alone, with ``track`` all ratios
+    of norms are kept.
     """
 
     clipping: float
     agc_eps: float
     unit_dim: UnitDim = None
-    skipped: SkippedUnits | None = None
+    skip: bool = False
+    track: bool = False
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], skipped: SkippedUnits | None = None) -> Clip:
+    def of(cls, group: Mapping[str, Any], recording: Recording | None = None) -> Clip:
         """The settings in a group; without clipping the limit is infinite."""
-        clipping = group["clipping"] or math.inf
-        return cls(clipping, group["agc_eps"], group["unit_dim"], skipped)
+        own = group["clipping"] or math.inf, group["agc_eps"], group["unit_dim"]
+        if recording is None:
+            return cls(*own)
+        return cls(*own, recording.skip, recording.number is not None)
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,13 +84,17 @@ def norms_over(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     return norms
 
 
-def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
+def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip, units: Units | None = None) -> Tensor:
     """What each unit's gradient is multiplied with: 1 up to the limit, limit / ||g|| above it.
 
     Source: Brock et al. 2021 (arXiv 2102.06171), equation 3. Where a norm is NaN it is 1. A unit to
-    be skipped has the factor NaN, which no other has. ``p_norm`` may be overwritten.
+    be skipped has the factor NaN, which no other has. ``units`` are their records, where there are
+    any. ``p_norm`` may be overwritten.
     """
     g_norm = g_norm.to(p_norm.dtype)
+    if clip.track:
+        assert units is not None
+        units.track(p_norm, g_norm, clip.agc_eps)
     if clip.clipping * clip.agc_eps >= 2 * SMALLEST and _is_plain(p_norm):
         # No norm over such a limit needs the guard, so NaN and infinity are all there is to mind:
         # the same numbers in fewer operations, each of which costs a block microseconds.
@@ -96,8 +104,9 @@ def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip) -> Tensor:
     else:
         limit = p_norm.clamp(min=clip.agc_eps).mul_(clip.clipping)
         factors = torch.where(g_norm > limit, limit / g_norm.clamp(min=SMALLEST), 1.0)
-    if clip.skipped is not None:
-        factors.masked_fill_(clip.skipped.find(g_norm), torch.nan)
+    if clip.skip:
+        assert units is not None
+        factors.masked_fill_(units.skip(g_norm), torch.nan)
     return factors
 
 

@@ -94,7 +94,7 @@ class Work(NamedTuple):
     """What one step is made on: an optimizer's groups and state, and how they are updated.
 
     ``collect(group)`` creates states and gives what has a gradient; ``name`` is the class's, for
-    messages.
+    messages; with ``tracking`` some steps keep the ratios of all units.
     """
 
     name: str
@@ -104,6 +104,7 @@ class Work(NamedTuple):
     collect: Callable[[dict[str, Any]], Batches]
     backend: str
     nonfinite: str
+    tracking: bool = False
 
     @property
     def own(self) -> dict[str, str]:
@@ -113,6 +114,10 @@ class Work(NamedTuple):
     def needs_units(self, group: Mapping[str, Any]) -> bool:
         """Whether a group's units are clipped, or skipped where they are not finite."""
         return bool(group["clipping"]) or self.nonfinite == "skip_unit"
+
+    def sums_units(self, group: Mapping[str, Any]) -> bool:
+        """Whether norms of a group's units are wanted over ranks, be it to record them only."""
+        return self.needs_units(group) or self.tracking
 
     def kind_of(self, param: Tensor, group: Mapping[str, Any]) -> Kind:
         """How a parameter of a group is stepped on this rank.
@@ -124,7 +129,7 @@ class Work(NamedTuple):
         if group.get("differentiable"):
             return Kind.OTHER
         kind = kind_of(param, group["unit_dim"])
-        return kind if self.needs_units(group) or kind is Kind.OTHER else Kind.WHOLE
+        return kind if self.sums_units(group) or kind is Kind.OTHER else Kind.WHOLE
 
 
 def number(value: Any) -> float:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import enum
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from agc_triton.units import (
@@ -119,6 +120,42 @@ def mesh_groups(params: Iterable[Any]) -> list[Any]:
                 group = mesh.get_group(dim)
                 groups[group.group_name] = group
     return list(groups.values())
+
+
+def repeated(param: Any, unit_dim: UnitDim) -> tuple[bool, bool]:
+    """Whether others share this rank's units and count them, and whether all of it is theirs too.
+
+    Of ranks that hold the same, the first of each mesh dimension counts.
+    """
+    if not is_sharded(param):
+        return False, False
+    mesh = param.device_mesh
+    behind = [dim for dim in range(mesh.ndim) if mesh.get_local_rank(dim)]
+    if kind_of(param, unit_dim) is Kind.OTHER:  # all of it is known everywhere
+        return bool(behind), bool(behind)
+    split = _split_dims(param.shape, *_placed(param), unit_dim) or ()
+    same = any(param.placements[dim].is_replicate() for dim in behind)
+    return any(dim in split for dim in behind), same
+
+
+def gathered(params: Sequence[Any], values: Sequence[Any]) -> list[list[Any]]:
+    """A value per parameter from all ranks of its mesh; a plain one's from this rank alone.
+
+    All ranks have to call it.
+    """
+    found = [[value] for value in values]
+    meshes: dict[Any, list[int]] = {}
+    for i, param in enumerate(params):
+        if is_sharded(param):
+            meshes.setdefault(param.device_mesh, []).append(i)
+    for mesh, own in meshes.items():
+        for dim in filter(lambda dim: mesh.size(dim) > 1, range(mesh.ndim)):
+            there: list[Any] = [None] * mesh.size(dim)
+            given = [found[i] for i in own]
+            torch.distributed.all_gather_object(there, given, group=mesh.get_group(dim))
+            for at, i in enumerate(own):
+                found[i] = [value for of_rank in there for value in of_rank[at]]
+    return found
 
 
 def axes_here(param: Any, unit_dim: UnitDim) -> tuple[tuple[int, int], ...]:

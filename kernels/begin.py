@@ -30,13 +30,16 @@ def _prepare(
     addresses_ptr,
     groups_ptr,
     pointers_ptr,
+    number,
     tensors_ptr,
     prepared_ptr,
+    numbers_ptr,
     n_tensors,
     PREPARE: tl.constexpr,
     N_SCALARS: tl.constexpr,
     N_PREPARED: tl.constexpr,
     BLOCK: tl.constexpr,
+    TRACK: tl.constexpr,
 ):
     """One prepared row per tensor; a tensor without gradient, or after an overflow, is idle."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -64,6 +67,8 @@ def _prepare(
     tl.static_assert(len(prepared) == N_PREPARED)
     for k in tl.static_range(N_SCALARS):
         tl.store(scalar_ptrs[k], scalars[k], mask=active)
+    if TRACK:
+        tl.store(numbers_ptr + i, tl.full((BLOCK,), number, tl.int32), mask=active)
     inverse = tl.full((BLOCK,), 1.0, tl.float64) / tl.load(grad_scale_ptr).to(tl.float64)
     out = prepared_ptr + i * (OF_RULE + N_PREPARED)
     tl.store(out + ACTIVE, tl.where(active, 1.0, 0.0).to(tl.float64), mask=mask)
@@ -125,18 +130,20 @@ def _sum_part(
     tl.store(sums_ptr + 1 + pair, g_sum)
 
 
-@triton.jit(do_not_specialize=["n_tensors", "n_prepare"])
+@triton.jit(do_not_specialize=["number", "n_tensors", "n_prepare"])
 def begin(
     grad_scale_ptr,
     found_inf_ptr,
     addresses_ptr,
     groups_ptr,
     pointers_ptr,
+    number,
     tensors_ptr,
     prepared_ptr,
     tiles_ptr,
     sums_ptr,
     own_ptr,
+    numbers_ptr,
     n_tensors,
     n_prepare,
     PREPARE: tl.constexpr,
@@ -150,8 +157,12 @@ def begin(
     VECTOR: tl.constexpr,
     STRIDED: tl.constexpr,
     HAS_SPLIT: tl.constexpr,
+    TRACK: tl.constexpr,
 ):
-    """The first ``n_prepare`` programs prepare ``BLOCK`` tensors each, the others sum one span."""
+    """The first ``n_prepare`` programs prepare ``BLOCK`` tensors each, the others sum one span.
+
+    With ``TRACK`` the step's ``number`` goes to ``numbers_ptr`` (int32) of tensors it updates.
+    """
     if tl.program_id(0) < n_prepare:
         _prepare(
             grad_scale_ptr,
@@ -159,13 +170,16 @@ def begin(
             addresses_ptr,
             groups_ptr,
             pointers_ptr,
+            number,
             tensors_ptr,
             prepared_ptr,
+            numbers_ptr,
             n_tensors,
             PREPARE,
             N_SCALARS,
             N_PREPARED,
             BLOCK,
+            TRACK,
         )
     elif HAS_SPLIT:
         _sum_part(

@@ -23,7 +23,7 @@ from agc_triton.kernels.layout import (
     element,
     row,
 )
-from agc_triton.kernels.norms import clip_factor, sum_pairs
+from agc_triton.kernels.norms import clip_factor, clip_ratio, sum_pairs
 
 
 @triton.jit
@@ -52,7 +52,8 @@ def step(
     tensors_ptr,
     prepared_ptr,
     sums_ptr,
-    skipped_ptr,
+    skips_ptr,
+    ratios_ptr,
     n_tensors,
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -74,6 +75,7 @@ def step(
     PARTS: tl.constexpr,
     PREFETCH: tl.constexpr,
     SKIP: tl.constexpr,
+    TRACK: tl.constexpr,
     STREAM: tl.constexpr,
     PDL: tl.constexpr,
     FIRST: tl.constexpr,
@@ -84,7 +86,8 @@ def step(
     With ``ACROSS`` the units are split between ranks, and ``sums_ptr`` is what these added up.
 
     p, g and states are read once and written once; ``TARGET`` is the role that gets the rule's
-    result. ``SKIP`` leaves units alone whose gradient's norm is not finite, and counts them.
+    result. ``SKIP`` leaves units alone whose gradient's norm is not finite, and counts them in
+    ``skips_ptr`` (int32); ``TRACK`` writes ||g|| / max(||w||, agc_eps) of each to ``ratios_ptr``.
 
     With ``PDL`` (programmatic dependent launch, sm_90) the launches of a step overlap, as no two
     write to the same memory. The first waits for `begin` before it lets the next one start, so
@@ -179,6 +182,12 @@ def step(
     clipping = tl.load(prepared_ptr + CLIPPING).to(COMPUTE)
     agc_eps = tl.load(prepared_ptr + AGC_EPS).to(COMPUTE)
     factor = clip_factor(p_sum, g_sum, clipping, agc_eps)
+    if SKIP or TRACK:
+        record = tl.load(tile_ptr + 3) + tl.arange(0, ROWS)
+        # A unit's first tile keeps its record.
+        recorded = (tl.arange(0, ROWS) < units) & (start == 0)
+    if TRACK:
+        tl.store(ratios_ptr + record, clip_ratio(p_sum, g_sum, agc_eps), mask=recorded)
     factor = (factor * tl.load(prepared_ptr + DIRECTION).to(COMPUTE))[:, None]
 
     h = ()
@@ -198,10 +207,8 @@ def step(
         result, states = RULE(ps[k].to(COMPUTE), gs[k].to(COMPUTE) * factor, states, h, FLAGS)
         _store(out_ptrs, ats[k], (result,) + states, mask, STREAM)
     if SKIP:
-        bad = finite == 0
-        if SPLIT:  # the unit's first tile counts it
-            bad = bad & (start == 0)
-        count_ptr = skipped_ptr + tl.load(tile_ptr + 3) + tl.arange(0, ROWS)
-        tl.store(count_ptr, tl.load(count_ptr, mask=bad, other=0) + 1, mask=bad)
+        bad = recorded & (finite == 0)
+        skips = tl.load(skips_ptr + record, mask=bad, other=0)
+        tl.store(skips_ptr + record, skips + 1, mask=bad)
     if PDL and not FIRST:
         gdc_wait()

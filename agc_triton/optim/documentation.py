@@ -30,6 +30,8 @@ _AGC_DOC = """
             inf too where only the sum of squares overflows, beyond about 1.8e19 in fp32.
             ``"raise"``: an error before anything has changed, for which each step waits for the
             device.
+        track_clipping: steps from one whose ratios are kept to the next, for `clip_stats` and
+            `clip_log`; 0 keeps none (see the method `track_clipping`).
 
     Raises:
         ValueError: torch.optim's own checks, an AGC option out of range or not known, or

@@ -15,9 +15,11 @@ from agc_triton.nonfinite import check_nonfinite
 from agc_triton.optim.attributes import CheckedOption
 from agc_triton.optim.documentation import documented, merged_signature
 from agc_triton.optim.groups import check_keys, name_unnamed
+from agc_triton.optim.tracking import ClipTracking
 from agc_triton.options import AGC_OPTIONS, check_levels
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
 from agc_triton.rule import Batches, Rule, Work
+from agc_triton.tracking import Recorder
 from agc_triton.units import UnitDim
 from agc_triton.validation import check_group, check_loaded
 
@@ -37,7 +39,7 @@ def _check_backend(optimizer: Any, backend: str) -> None:
         check_group_backend(backend, group, index)
 
 
-class AGCOptimizer(Optimizer):
+class AGCOptimizer(ClipTracking, Optimizer):
     """Adaptive gradient clipping in front of a torch.optim class; listed before it in the bases.
 
     A subclass names its `rule` and says in `_batches` how torch collects what it updates.
@@ -71,9 +73,11 @@ class AGCOptimizer(Optimizer):
         unit_dim: UnitDim = None,
         backend: str = "auto",
         nonfinite: str = "propagate",
+        track_clipping: int = 0,
         **kwargs: Any,
     ) -> None:
         self.backend, self.nonfinite, self._paths = backend, nonfinite, Paths()
+        self.track_clipping(track_clipping)
         self._agc_defaults = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         torch_init: Any = super().__init__
         self._constructing = True
@@ -106,7 +110,9 @@ class AGCOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: torch's three entries and ours; counts start again."""
         keys = ("backend", "nonfinite", "takes_scaled_grads", "_agc_defaults")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in keys}}
+        tracking = self._recorder.every, self._recorder.warn
+        own = {key: getattr(self, key) for key in keys}
+        return {**super().__getstate__(), **own, "_tracking": tracking}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state; groups saved by torch.optim keep this optimizer's AGC options.
@@ -119,6 +125,8 @@ class AGCOptimizer(Optimizer):
         try:
             self._take_over(state)
             self.__dict__.setdefault("_paths", Paths())
+            if tracking := self.__dict__.pop("_tracking", None):
+                self._recorder.track(*tracking)
             self.defaults = {**self._agc_defaults, **self.defaults}
             self._fill_groups(before)
             if kept:
@@ -195,7 +203,7 @@ class AGCOptimizer(Optimizer):
         Always 0 but with ``nonfinite="skip_unit"``. A step that GradScaler skips counts none. Of
         sharded parameters each rank counts the units of which it holds a part.
         """
-        return self._paths.skipped.total()
+        return self._recorder.records.skipped()
 
     def explain(self, bandwidth: float = 3.0e12) -> DataFrame:
         """What a step does: a row per launch, or per reason why torch does it, and a total.
@@ -218,6 +226,10 @@ class AGCOptimizer(Optimizer):
         """
         return explain(self._work(), bandwidth)
 
+    @property
+    def _recorder(self) -> Recorder:
+        return self._paths.recorder
+
     def _work(self) -> Work:
         """What a step is made on."""
         return Work(
@@ -228,6 +240,7 @@ class AGCOptimizer(Optimizer):
             collect=self._batches,
             backend=self.backend,
             nonfinite=self.nonfinite,
+            tracking=self._recorder.every > 0,
         )
 
     def _batches(self, group: dict[str, Any]) -> Batches:

@@ -15,8 +15,10 @@ from agc_triton.nonfinite import check_finite, check_nonfinite
 from agc_triton.optim.attributes import CheckedOption
 from agc_triton.optim.groups import check_keys, name_unnamed
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer, Loss
+from agc_triton.optim.tracking import ClipTracking
 from agc_triton.options import AGC_OPTIONS, check_levels
 from agc_triton.routing import check_backend
+from agc_triton.tracking import Recorder
 from agc_triton.units import UnitDim
 from agc_triton.validation import check_group
 
@@ -33,7 +35,7 @@ def _check_nonfinite(_: Any, nonfinite: str) -> None:
         )
 
 
-class AGC(Optimizer):
+class AGC(ClipTracking, Optimizer):
     """Clips ``.grad`` unit by unit, in place, before every update of another optimizer.
 
     ``param_groups``, ``state``, ``defaults``, hooks and checkpoints are the base's own, so
@@ -46,6 +48,7 @@ class AGC(Optimizer):
         clipping, agc_eps, unit_dim, backend: as in `agc_triton.AdamW_AGC`. The first three may be
             given by position, as in agc_optims, with a DeprecationWarning.
         nonfinite: ``"propagate"`` or ``"raise"``, as there.
+        track_clipping: as there.
 
     Raises:
         TypeError: ``optimizer`` is not an Optimizer, already clips, lacks what all others have, or
@@ -68,6 +71,7 @@ class AGC(Optimizer):
         unit_dim: UnitDim = None,
         backend: str = "auto",
         nonfinite: str = "propagate",
+        track_clipping: int = 0,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"AGC wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
@@ -83,6 +87,7 @@ class AGC(Optimizer):
             _check_group({**options, **group}, index)
         self.optimizer = optimizer
         self._clipper = Clipper()
+        self.track_clipping(track_clipping)
         self._known: list[dict[str, Any]] = []
         optimizer.defaults.update(options)
         self._fill_groups()
@@ -188,6 +193,10 @@ class AGC(Optimizer):
         self._known = [{key: group[key] for key in AGC_OPTIONS} for group in self.param_groups]
 
     @property
+    def _recorder(self) -> Recorder:
+        return self._clipper.recorder
+
+    @property
     def _own(self) -> dict[str, str]:
         return {"backend": self.backend, "nonfinite": self.nonfinite}
 
@@ -228,7 +237,8 @@ class AGC(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """The base optimizer holds nearly everything."""
-        ours = {"backend": self.backend, "nonfinite": self.nonfinite}
+        tracking = self._recorder.every, self._recorder.warn
+        ours = {"backend": self.backend, "nonfinite": self.nonfinite, "_tracking": tracking}
         return {"optimizer": self.optimizer, **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -236,6 +246,7 @@ class AGC(Optimizer):
         if "optimizer" in state:
             self.__dict__.update(state)
             self._clipper = Clipper()
+            self._recorder.track(*self.__dict__.pop("_tracking", (0, True)))
             self._known = []
         else:
             self._fill_groups()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agc_triton.norms import Clip, clip_factors, norm_dtype
+from agc_triton.records import Units
 from agc_triton.torch_path.packed import PackedBlock
 from agc_triton.torch_path.scratch import Scratch
 from agc_triton.torch_path.slices import DenseView, Slice, Target, Tensors, target_of
@@ -27,7 +28,8 @@ class TensorBlock:
 
     A block's ``factors(grads, ...)`` finds the factors of its units, with ``grads`` the tensors of
     ``whole``; ``scale`` then fills a target's ``room`` with clipped gradients or ``scale_`` clips
-    in place, and ``each`` gives the factors of every tensor of a target, which broadcast.
+    in place, and ``each`` gives the factors of every tensor of a target, which broadcast. ``units``
+    are the records of those of ``whole``, one after the other; None where nothing is recorded.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TensorBlock:
         (self._param,) = self.whole.params
         self._narrow = norm_dtype(self._param.dtype) != self._param.dtype
         self._dims = whole.view.norm_dims(self._param.dim())
+        self.units: Units | None = None
 
     def factors(
         self, grads: list[Tensor], clip: Clip, grad_scale: Tensor | None, scratch: Scratch
@@ -51,12 +54,12 @@ class TensorBlock:
         (grad,) = grads
         p_norms = self._norms(self._param, scratch)
         if grad_scale is None:
-            return clip_factors(p_norms, self._norms(grad, scratch), clip)
-        if clip.skipped is None:
+            return clip_factors(p_norms, self._norms(grad, scratch), clip, self.units)
+        if not clip.skip:
             g_norms = self._norms(grad, scratch) / grad_scale
         else:  # the squares of what is unscaled decide, as in the kernels
             g_norms = self._norms(grad.to(norm_dtype(grad.dtype)) / grad_scale, scratch)
-        return clip_factors(p_norms, g_norms, clip) / grad_scale
+        return clip_factors(p_norms, g_norms, clip, self.units) / grad_scale
 
     def room(self, target: Target, scratch: Scratch) -> list[Tensor]:
         """Where a target's clipped gradients go."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agc_triton.norms import Clip, clip_factors, norm_dtype
+from agc_triton.records import Units
 from agc_triton.torch_path.scratch import Scratch
 from agc_triton.torch_path.slices import Slice, Target, Tensors, target_of
 
@@ -23,6 +24,7 @@ class PackedBlock:
         slices = sorted(slices, key=_length)
         self.whole = target_of(slices, params, states)
         self.targets = [self.whole]
+        self.units: Units | None = None
         self._units = [slice_.view.layout.units for slice_ in slices]
         rows: defaultdict[int, int] = defaultdict(int)
         for slice_, units in zip(slices, self._units, strict=True):
@@ -52,7 +54,7 @@ class PackedBlock:
         torch._foreach_copy_(self._views, grads)
         if grad_scale is not None:
             self._memory.div_(grad_scale)
-        return clip_factors(p_norms, self._norms(), clip)
+        return clip_factors(p_norms, self._norms(), clip, self.units)
 
     def room(self, _target: Target, _scratch: Scratch) -> list[Tensor]:
         """Where the clipped gradients will be."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agc_triton.norms import Clip
+from agc_triton.records import Page, UnitRecords, Units
 from agc_triton.rule import TensorLists, pick
 from agc_triton.snapshot import Look
 from agc_triton.torch_path.blocks import blocks, largest_room
+from agc_triton.torch_path.recording import record_blocks, record_whole
 from agc_triton.torch_path.slices import DenseView, dense_view
 
 
@@ -42,8 +44,15 @@ class BlockPlan:
     states, so their memory lives until it is replaced; of gradients it holds none.
     """
 
-    def __init__(self, lists: TensorLists, group: Mapping[str, Any], clip: Clip | None) -> None:
-        self._count = len(lists.params)
+    def __init__(
+        self,
+        lists: TensorLists,
+        group: Mapping[str, Any],
+        clip: Clip | None,
+        records: UnitRecords | None,
+        owners: Sequence[Tensor],
+    ) -> None:
+        self._count, self._recorded = len(lists.params), records is not None
         views, self.whole = _partition(lists, group, clip)
         alike: defaultdict[torch.dtype, dict[int, DenseView]] = defaultdict(dict)
         others: list[dict[int, DenseView]] = []
@@ -55,10 +64,29 @@ class BlockPlan:
                 others.append({i: view})
         self.block_lists = [BlockList(lists, those, alike=True) for those in alike.values()]
         self.block_lists += [BlockList(lists, one, alike=False) for one in others]
+        self.whole_units: dict[int, Units] = {}
+        self._pages: list[Page] = []
+        if records is not None:
+            found = [block for listed in self.block_lists for block in listed.blocks]
+            dense = [i for i in self.whole if lists.grads[i].layout is torch.strided]
+            of_whole = dense, lists.params, owners, group["unit_dim"]
+            self.whole_units, self._pages = record_whole(records, *of_whole)
+            self._pages += record_blocks(records, found, owners, group["unit_dim"])
 
-    def look(self, lists: TensorLists, group: Mapping[str, Any], clip: Clip | None) -> Look | None:
+    def number(self, number: int) -> None:
+        """What ratios are kept from now on are of this step."""
+        for page in self._pages:
+            page.numbers.fill_(number)
+
+    def look(
+        self,
+        lists: TensorLists,
+        group: Mapping[str, Any],
+        clip: Clip | None,
+        records: UnitRecords | None,
+    ) -> Look | None:
         """What there is now of what is in blocks, and of what is not."""
-        if len(lists.params) != self._count:
+        if len(lists.params) != self._count or self._recorded != (records is not None):
             return None
         roles = (lists.params, *lists.states)
         fixed: list[Tensor] = []

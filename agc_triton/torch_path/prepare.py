@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from agc_triton.exchange import Sharding
-from agc_triton.nonfinite import SkippedUnits
 from agc_triton.norms import Clip
+from agc_triton.records import Recording
 from agc_triton.rule import Batches, TensorLists, Work
 from agc_triton.sharded import Kind, local
 from agc_triton.snapshot import Cached
+from agc_triton.torch_path.clip import clip_grads_
 from agc_triton.torch_path.merging import Merged, merged
 from agc_triton.torch_path.plan import BlockPlan
 from agc_triton.torch_path.split import SplitPlan, prepare_split
-from agc_triton.torch_path.step import clip_grads_, prepare_group
+from agc_triton.torch_path.step import prepare_group, track_unclipped
 from agc_triton.validation import check_options, check_planned, check_work
 from agc_triton.versions import count_writes
 
@@ -51,9 +52,9 @@ class Beats:
 
 
 class Given(NamedTuple):
-    """What a step is made with: where skipped units are counted, DTensors, GradScaler's tensors."""
+    """What a step is made with: what is recorded, DTensors, GradScaler's tensors."""
 
-    skipped: SkippedUnits | None
+    recording: Recording
     sharding: Sharding
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -91,8 +92,9 @@ class TorchPath:
             check_options(group, index)
         used: set[tuple[int, int]] = set()
         for several, batches in zip(together, collected, strict=True):
-            needs = work.needs_units(several.group)
-            clip = Clip.of(several.group, given.skipped) if needs else None
+            clip = (
+                Clip.of(several.group, given.recording) if work.needs_units(several.group) else None
+            )
             parts = [(lists, lists, options) for lists, options in batches]
             if given.sharding.kinds:
                 factors = self._factors(work, several, given, beats)
@@ -101,25 +103,31 @@ class TorchPath:
                 these = lists, options, clip
                 if lists.params:
                     used.add((several.indices[0], at))
-                    plan = self._blocks_of((several.indices[0], at), work, several, owners, *these)
+                    plan = self._blocks_of(
+                        (several.indices[0], at), work, several, given.recording, owners, *these
+                    )
+                    beats.meanwhile += _tracked(plan, *these, given)
                     beats.meanwhile.append(prepare_group(work.rule, plan, *these, *scaler))
         if len(used) < len(self.blocks):
             self.blocks = {at: plan for at, plan in self.blocks.items() if at in used}
         return beats
 
     def prepare_clipping(
-        self, work: Work, groups: list[tuple[int, dict[str, Any]]], sharding: Sharding
+        self,
+        work: Work,
+        groups: list[tuple[int, dict[str, Any]]],
+        given: Given,
     ) -> Beats:
         """What clips the gradients of these groups in place; they have been checked."""
-        beats, given = Beats(), Given(None, sharding, None, None)
+        beats, recording = Beats(), given.recording
         for index, group in groups:
-            clip, kinds = Clip.of(group), sharding.kinds
+            clip, kinds = Clip.of(group, recording), given.sharding.kinds
             factors = self._factors(work, Merged([index], group), given, beats)
             whole, split = list[Tensor](), list[Tensor]()
             for param in group["params"]:
                 if param.grad is not None:
                     (split if kinds.get(id(param)) is Kind.SPLIT else whole).append(param)
-            beats.meanwhile.append(partial(clip_grads_, whole, clip, kinds))
+            beats.meanwhile.append(partial(clip_grads_, whole, clip, kinds, recording))
             if split:
                 beats.last.append(partial(_scale_split_, split, factors))
         return beats
@@ -132,8 +140,8 @@ class TorchPath:
         split = [p for p in group["params"] if exchange is not None and exchange.place(p)]
         if exchange is None or not split:
             return dict
-        clip = Clip.of(group, given.skipped)
-        of_plan = split, exchange, clip.unit_dim
+        clip, recording = Clip.of(group, given.recording), given.recording
+        of_plan = split, exchange, clip.unit_dim, recording.of_plans
 
         def make() -> SplitPlan:
             check_planned(work, *several.indices)
@@ -142,19 +150,47 @@ class TorchPath:
         cached = self._split.setdefault(several.indices[0], Cached())
         plan = cached.get(lambda plan: plan.look(*of_plan), make)
         beats.first.append(partial(plan.begin, split, given.grad_scale))
-        return functools.cache(partial(plan.factors, split, clip, given.grad_scale))
+        factors = partial(plan.factors, split, clip, given.grad_scale, recording.number)
+        return functools.cache(factors)
 
     def _blocks_of(
-        self, at: tuple[int, int], work: Work, several: Merged, owners: TensorLists, *given: Any
+        self,
+        at: tuple[int, int],
+        work: Work,
+        several: Merged,
+        recording: Recording,
+        owners: TensorLists,
+        lists: TensorLists,
+        options: Mapping[str, Any],
+        clip: Clip | None,
     ) -> BlockPlan:
+        of_plan = lists, options, clip, recording.of_plans
+
         def make() -> BlockPlan:
             check_planned(work, *several.indices)
-            _bring_counts(work, owners, given[1])
-            return BlockPlan(*given)
+            _bring_counts(work, owners, options)
+            return BlockPlan(*of_plan, owners.params)
 
         if at not in self.blocks:
             self.blocks[at] = Cached(views=True)
-        return self.blocks[at].get(lambda plan: plan.look(*given), make)
+        return self.blocks[at].get(lambda plan: plan.look(*of_plan), make)
+
+
+def _tracked(
+    plan: BlockPlan,
+    lists: TensorLists,
+    options: Mapping[str, Any],
+    clip: Clip | None,
+    given: Given,
+) -> list[Call]:
+    """What keeps the ratios of a tracked step, but for those that clipping itself keeps."""
+    if given.recording.number is None:
+        return []
+    calls: list[Call] = [partial(plan.number, given.recording.number)]
+    if clip is None:
+        unclipped = Clip.of(options, given.recording)
+        calls.append(partial(track_unclipped, plan, lists, unclipped, given.grad_scale))
+    return calls
 
 
 def _call(calls: list[Call]) -> None:
@@ -180,6 +216,10 @@ def _parts(
         whole, split, other = (
             lists.select([i for i, own in enumerate(kinds) if own is kind]) for kind in Kind
         )
+        if split.params and clip is None:  # its sums are for its ratios alone
+            beats.last.append(factors)
+            at = [i for i, own in enumerate(kinds) if own is not Kind.OTHER]
+            whole, split = lists.select(at), lists.select([])
         if split.params:
             assert clip is not None
             _bring_counts(work, split, options)

@@ -87,6 +87,13 @@ class Slice(NamedTuple):
     flat: bool = False
     columns: tuple[int, int] | None = None
 
+    @property
+    def n_units(self) -> int:
+        """How many units it has, a part of each maybe."""
+        if self.rows is None:
+            return self.view.layout.n_units
+        return self.rows[1] * (self.view.layout.units if self.view.strided else 1)
+
     def of(self, tensors: Tensors) -> Tensor:
         """The slice of the ``member``-th tensor."""
         view = self.view.of(tensors[self.member])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from agc_triton.exchange import Exchange, Pool
 from agc_triton.nonfinite import update_others
 from agc_triton.norms import Clip, clip_factors, norms_over
+from agc_triton.records import Page, UnitOrder, UnitRecords, Units
 from agc_triton.rule import Rule, TensorLists, Update, pick
 from agc_triton.sharded import axes_here, local, locals_of
 from agc_triton.snapshot import Look
@@ -27,9 +29,16 @@ class SplitPlan:
         params: DTensors, all of which have a place in ``exchange``; with a gradient or without.
         exchange: where sums are added up.
         unit_dim: the group's.
+        records: where something is kept of their units, if anything is.
     """
 
-    def __init__(self, params: Sequence[Tensor], exchange: Exchange, unit_dim: UnitDim) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        exchange: Exchange,
+        unit_dim: UnitDim,
+        records: UnitRecords | None,
+    ) -> None:
         by_pool: defaultdict[int, list[int]] = defaultdict(list)
         pools: dict[int, Pool] = {}
         for i, param in enumerate(params):
@@ -39,15 +48,20 @@ class SplitPlan:
                 by_pool[id(place.pool)].append(i)
                 pools[id(place.pool)] = place.pool
         self._members = [
-            PoolMembers(members, params, pools[key], exchange, unit_dim)
+            PoolMembers(members, params, pools[key], exchange, unit_dim, records)
             for key, members in by_pool.items()
         ]
 
     @staticmethod
-    def look(params: Sequence[Tensor], exchange: Exchange, unit_dim: UnitDim) -> Look:
+    def look(
+        params: Sequence[Tensor],
+        exchange: Exchange,
+        unit_dim: UnitDim,
+        records: UnitRecords | None,
+    ) -> Look:
         """What it was made for, gradients included."""
         there = [p.grad for p in params if p.grad is not None]
-        key = list(map(id, params)), len(there), id(exchange), unit_dim
+        key = list(map(id, params)), len(there), id(exchange), unit_dim, records is None
         return Look(key, [], locals_of([*params, *there]), [])
 
     def begin(self, params: Sequence[Tensor], grad_scale: Tensor | None) -> None:
@@ -56,12 +70,19 @@ class SplitPlan:
             members.sum(params, grad_scale)
 
     def factors(
-        self, params: Sequence[Tensor], clip: Clip, grad_scale: Tensor | None
+        self,
+        params: Sequence[Tensor],
+        clip: Clip,
+        grad_scale: Tensor | None,
+        number: int | None,
     ) -> dict[int, Tensor]:
-        """Factors by the parameter's id, which broadcast; they divide by ``grad_scale`` as well."""
+        """Factors by the parameter's id, which broadcast; they divide by ``grad_scale`` as well.
+
+        ``number`` is that of a step whose ratios are kept.
+        """
         found: dict[int, Tensor] = {}
         for members in self._members:
-            found |= members.factors(params, clip, grad_scale)
+            found |= members.factors(params, clip, grad_scale, number)
         return found
 
 
@@ -75,6 +96,7 @@ class PoolMembers:
         pool: Pool,
         exchange: Exchange,
         unit_dim: UnitDim,
+        records: UnitRecords | None,
     ) -> None:
         self._pool = pool
         # All of a real tensor is one unit: one call for all of these.
@@ -93,6 +115,11 @@ class PoolMembers:
             shape = local(params[i]).shape
             self._shapes.append(tuple(1 if d in dims else n for d, n in enumerate(shape)))
         self._rows = torch.tensor(rows, device=pool.own.device)
+        self._page: Page | None = None
+        if records is not None:
+            each = [params[i] for i in [*self._ones, *self._many]]
+            orders = [(param, UnitOrder.of_norms(param, unit_dim)) for param in each]
+            self._page = records.page(pool.own.device, orders)
 
     def sum(self, params: Sequence[Tensor], grad_scale: Tensor | None) -> None:
         """Into the pool's own rows."""
@@ -103,11 +130,16 @@ class PoolMembers:
         self._pool.own.index_copy_(0, self._rows, torch.stack([p_norms, g_norms], 1).square_())
 
     def factors(
-        self, params: Sequence[Tensor], clip: Clip, grad_scale: Tensor | None
+        self,
+        params: Sequence[Tensor],
+        clip: Clip,
+        grad_scale: Tensor | None,
+        number: int | None,
     ) -> dict[int, Tensor]:
         """As `SplitPlan.factors`."""
         p_norms, g_norms = self._pool.total.index_select(0, self._rows).sqrt_().unbind(1)
-        factors = clip_factors(p_norms.contiguous(), g_norms.contiguous(), clip)
+        with self._recorded(params, number) as units:
+            factors = clip_factors(p_norms.contiguous(), g_norms.contiguous(), clip, units)
         if grad_scale is not None:
             factors = factors / grad_scale.to(factors)
         parts = torch.split(factors, self._sizes)
@@ -115,6 +147,21 @@ class PoolMembers:
         shaped = zip(parts[n:], self._shapes, strict=True)
         own = [*parts[:n], *(part.view(shape) for part, shape in shaped)]
         return {id(params[i]): part for i, part in zip(self._ones + self._many, own, strict=True)}
+
+    @contextmanager
+    def _recorded(self, params: Sequence[Tensor], number: int | None) -> Iterator[Units | None]:
+        """Their records; in a tracked step those without a gradient here keep what they had."""
+        page = self._page
+        if page is None or number is None:
+            yield None if page is None else page.units()
+            return
+        order = [*self._ones, *self._many]
+        absent = [k for k, i in enumerate(order) if params[i].grad is None]
+        kept = [(k, page.ratios[page.at(k)].clone(), page.numbers[k].clone()) for k in absent]
+        yield page.units()
+        page.numbers.fill_(number)
+        for k, ratios, before in kept:
+            page.ratios[page.at(k)], page.numbers[k] = ratios, before
 
     def _norms(self, tensors: Sequence[Any]) -> Tensor:
         """A norm per unit; 0 where there is no gradient."""
@@ -183,7 +230,7 @@ def _clip_and_update(
 ) -> None:
     bad: list[Tensor] = []
     grads = lists.grads
-    if clip.skipped is not None:
+    if clip.skip:
         bad = [factor.isnan() for factor in factors]
         # Without NaN there is none in what torch makes of the update either.
         grads = [g.masked_fill(skip, 0.0) for g, skip in zip(grads, bad, strict=True)]
@@ -194,7 +241,7 @@ def _clip_and_update(
     else:
         grads = [(g * f).to(dtype) for g, f in zip(grads, factors, strict=True)]
     lists = lists._replace(grads=grads)
-    if clip.skipped is None:
+    if not clip.skip:
         update(lists)
     else:
         update_others(update, lists, bad)

@@ -6,7 +6,6 @@ rule is written here: a `Rule` calls the functions that torch.optim itself calls
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from agc_triton.nonfinite import SavedUnits, update_others
 from agc_triton.norms import ONE, Clip, as_computed, clip_factors, spread, unit_norms
+from agc_triton.records import Units
 from agc_triton.rule import Rule, TensorLists, Update, pick
-from agc_triton.sharded import Kind, local
-from agc_triton.torch_path.blocks import Block, blocks, largest_room
+from agc_triton.torch_path.blocks import Block
 from agc_triton.torch_path.plan import BlockList, BlockPlan
 from agc_triton.torch_path.scratch import Scratch
-from agc_triton.torch_path.slices import DenseView, Tensors, dense_view
+from agc_triton.torch_path.slices import Tensors
 from agc_triton.versions import count_writes
 
 
@@ -47,7 +46,8 @@ def prepare_group(
         for listed, of_dtype in zip(plan.block_lists, updates, strict=True):
             _step_blocks(of_dtype, listed, lists, clip, grad_scale)
         if plan.whole:
-            _step_whole(rule.update, lists.select(plan.whole), group, clip, grad_scale)
+            units = [plan.whole_units.get(i) for i in plan.whole]
+            _step_whole(rule.update, lists.select(plan.whole), group, clip, grad_scale, units)
 
     return update
 
@@ -71,31 +71,15 @@ def _step_unclipped(
     rule.update(lists, group, **scaler)
 
 
-def clip_grads_(params: Sequence[Tensor], clip: Clip, kinds: Mapping[int, Kind]) -> None:
-    """Scale dense gradients in place; a unit at or under its limit keeps its bits.
-
-    ``kinds`` are those of DTensors by their id; of whole units what lies here is clipped.
-    """
-    keep = [kinds.get(id(param)) is Kind.OTHER for param in params]
-    grads: list[Any] = [param.grad for param in params]
-    params, grads = (
-        [t if stays else local(t) for t, stays in zip(role, keep, strict=True)]
-        for role in (params, grads)
-    )
-    by_dtype: defaultdict[torch.dtype, dict[int, DenseView]] = defaultdict(dict)
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        view = dense_view(param, [grad], clip.unit_dim)
-        if view is None:
-            grad.mul_(_tensor_factors(param, grad, clip))
-        else:
-            by_dtype[param.dtype][i] = view
-    for views in by_dtype.values():
-        found = blocks(views, params, [grads])
-        scratch = Scratch(largest_room(found))
-        for block in found:
-            factors = block.factors(block.whole.states[0], clip, None, scratch)
-            for target in block.targets:
-                block.scale_(target.states[0], factors)
+@torch.no_grad()
+def track_unclipped(
+    plan: BlockPlan, lists: TensorLists, clip: Clip, grad_scale: Tensor | None
+) -> None:
+    """Keep the ratios of units that `prepare_group` does not clip, before it updates them."""
+    for i, units in plan.whole_units.items():
+        grad = _unscaled(lists.grads[i], lists.params[i], grad_scale)
+        norms = unit_norms(lists.params[i], clip.unit_dim), unit_norms(grad, clip.unit_dim)
+        units.track(*norms, clip.agc_eps)
 
 
 def count_steps(steps: list[Tensor]) -> None:
@@ -143,7 +127,7 @@ def _step_blocks(
             counted = True
         for theirs, target in targets:
             block.scale(theirs, factors, target.grads, scratch)
-            if clip.skipped is None:
+            if not clip.skip:
                 update(target)
             else:
                 _update_others(update, target, block.each(factors))
@@ -183,6 +167,7 @@ def _step_whole(
     group: Mapping[str, Any],
     clip: Clip,
     grad_scale: Tensor | None,
+    units: Sequence[Units | None],
 ) -> None:
     """Any device, strides or subclass, differentiable too: clipped copies, torch's update."""
     if group.get("fused") and lists.params[0].device.type == "cpu":
@@ -190,26 +175,31 @@ def _step_whole(
         group = {**group, "fused": False}
     grads = []
     bad: list[Tensor] = []
-    skipped, clip = clip.skipped, clip._replace(skipped=None)
-    for param, given in zip(lists.params, lists.grads, strict=True):
-        grad = as_computed(given, param)
-        grad = grad if grad_scale is None else grad / grad_scale.to(grad.device)
-        if skipped is not None:
-            found = skipped.find(unit_norms(grad, clip.unit_dim))
+    for param, given, own in zip(lists.params, lists.grads, units, strict=True):
+        grad = _unscaled(given, param, grad_scale)
+        if clip.skip:
+            assert own is not None
+            found = own.skip(unit_norms(grad, clip.unit_dim))
             bad.append(spread(found, param.shape, clip.unit_dim))
             # Without NaN there is none in what autograd makes of the update either.
             grad = grad.masked_fill(bad[-1], 0.0)
         # Autograd needs the weights that the norm was taken of, which the update overwrites.
         weight = param.clone() if torch.is_grad_enabled() else param
-        grads.append((grad * _tensor_factors(weight, grad, clip)).to(param.dtype))
+        factors = tensor_factors(weight, grad, clip._replace(skip=False), own)
+        grads.append((grad * factors).to(param.dtype))
     lists = lists._replace(grads=grads)
-    if skipped is None:
+    if not clip.skip:
         update(lists, group)
     else:
         update_others(lambda copies: update(copies, group), lists, bad)
 
 
-def _tensor_factors(param: Tensor, grad: Tensor, clip: Clip) -> Tensor:
+def _unscaled(grad: Tensor, param: Tensor, grad_scale: Tensor | None) -> Tensor:
+    grad = as_computed(grad, param)
+    return grad if grad_scale is None else grad / grad_scale.to(grad.device)
+
+
+def tensor_factors(param: Tensor, grad: Tensor, clip: Clip, units: Units | None = None) -> Tensor:
     """Factors that broadcast against ``grad``, from any strides."""
     norms = unit_norms(param, clip.unit_dim), unit_norms(grad, clip.unit_dim)
-    return spread(clip_factors(*norms, clip), param.shape, clip.unit_dim)
+    return spread(clip_factors(*norms, clip, units), param.shape, clip.unit_dim)

@@ -135,9 +135,7 @@ class BucketPlan:
         return any(b.shape.strided for b in self.buckets if b.shape.summed)
 
 
-def plan_buckets(
-    tensors: Sequence[TensorUnits], itemsize: int, states: int, first_unit: int = 0
-) -> BucketPlan:
+def plan_buckets(tensors: Sequence[TensorUnits], itemsize: int, states: int) -> BucketPlan:
     """Assign every tensor to one of at most `MAX_BUCKETS` buckets and lay out the tiles.
 
     Units that are split between ranks have buckets of their own, the last.
@@ -146,11 +144,10 @@ def plan_buckets(
         tensors: in the order of the address tables; none is empty.
         itemsize: bytes per real element of a parameter (2, 4 or 8).
         states: state tensors per parameter.
-        first_unit: number of the first tensor's first unit; the others follow tensor by tensor.
     """
     chosen = _choose(tensors, itemsize, states)
     split_span = _split_shape(itemsize, True, False).capacity
-    unit_of = np.cumsum([first_unit, *(t.layout.n_units for t in tensors)]).tolist()
+    unit_of = np.cumsum([0, *(t.layout.n_units for t in tensors)]).tolist()
     spans = [split_span if t.pair is None else max(split_span, ACROSS_SPAN) for t in tensors]
     given = zip(tensors, spans, strict=True)
     fields = np.array([fields_of(t.layout, t.group, span) for t, span in given], np.int64)

@@ -23,7 +23,7 @@ from agc_triton.sharded import is_sharded, layout_here, locals_of
 from agc_triton.snapshot import bug
 from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
 from agc_triton.triton_path.gradients import Gradients, grad_dtype
-from agc_triton.triton_path.launches import Kernel, StepLauncher
+from agc_triton.triton_path.launches import Kernel, PlacedRecords, StepLauncher
 from agc_triton.triton_path.tables import Tables
 from agc_triton.units import UnitDim, UnitLayout
 from agc_triton.validation import check_options
@@ -87,8 +87,7 @@ class LaunchGroup:
         rule: the update rule.
         members: parameters: dense, not empty, of one device and dtype, their gradients of one too.
         groups: the options of all groups.
-        first_unit: number of the first member's first unit among those of the plan.
-        skipped: counts by unit of those that were left alone; None to leave none alone.
+        records: where something is kept of their units; None if nothing is.
         captured: where everything goes that the replays of a captured graph read.
     """
 
@@ -97,8 +96,7 @@ class LaunchGroup:
         rule: KernelRule,
         members: Sequence[Member],
         groups: Sequence[Mapping[str, Any]],
-        first_unit: int,
-        skipped: Tensor | None,
+        records: PlacedRecords | None,
         captured: list[Any],
     ) -> None:
         owners, options = [m.param for m in members], groups[members[0].group]
@@ -129,14 +127,15 @@ class LaunchGroup:
             TensorUnits(m.layout, aligned, m.group, m.place and m.place.first)
             for m, aligned in zip(members, self._aligned.tolist(), strict=True)
         ]
-        self.plan = plan_buckets(units, dtype.itemsize, n_states, first_unit)
+        self.plan = plan_buckets(units, dtype.itemsize, n_states)
         # A pair of partial sums, of squares of p and g, for each part of a split unit.
         self._sums = torch.empty(
             2 * max(self.plan.sums, 1), dtype=kernel.compute, device=self.device
         )
         pool = next((m.place.pool for m in members if m.place), None)
         self._exchanged = pool or ()
-        self.launcher = StepLauncher(self.plan, kernel, self.device, self._sums, skipped, pool)
+        self._page, self._tracked = records and records.page, False
+        self.launcher = StepLauncher(self.plan, kernel, self.device, self._sums, records, pool)
         self._grad_addresses = grads
         self._options = {m.group: GroupOptions(rule, groups[m.group]) for m in members}
         self._rows: dict[int, tuple[list[float], list[int]] | None] = {}
@@ -163,26 +162,35 @@ class LaunchGroup:
         self._write_groups(groups, changed)
         return True
 
-    def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
-        """Upload what has changed, count steps, prepare and sum."""
+    def begin(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        number: int | None,
+        capturing: bool,
+    ) -> None:
+        """Upload what has changed, count steps, prepare and sum; a tracked step has a number."""
+        self._tracked = number is not None
         if capturing:
             kept = self.launcher, self.tables, self._scalars, dict(self._brought), self._exchanged
             self._captured.append(kept)
             self._frozen = True
+            if self._page is not None:
+                self._page.captured = True
         elif self.device.type == "cuda":
             self._record_stream(torch.cuda.current_stream(self.device))
         if self._changed:
             self.tables.upload(capturing)
             self._changed = False
-        self.launcher.begin(self.tables, grad_scale, found_inf)
+        self.launcher.begin(self.tables, grad_scale, found_inf, number)
 
     def update(self) -> None:
         """Clip and update the units that are whole here."""
-        self.launcher.update(self.tables)
+        self.launcher.update(self.tables, self._tracked)
 
     def finish(self) -> None:
         """The same for those that are split between ranks, whose totals are there."""
-        self.launcher.update_across(self.tables)
+        self.launcher.update_across(self.tables, self._tracked)
         if self.rule.writes_grad:
             self._grads.write_back()
         self._grads.drop_copies()
@@ -195,7 +203,8 @@ class LaunchGroup:
     def _record_stream(self, stream: torch.cuda.Stream) -> None:
         """Once this plan is dropped its memory is not used again before the stream has read it."""
         if stream not in self._streams:
-            kept = (*self.launcher.tensors, self._sums, self.tables.on_device, *self._exchanged)
+            kept = [*self.launcher.tensors, self._sums, self.tables.on_device, *self._exchanged]
+            kept += self._page.tensors if self._page is not None else ()
             for tensor in kept:
                 tensor.record_stream(stream)
             self._streams.add(stream)

@@ -14,6 +14,7 @@ from agc_triton.kernels import abi, rules
 from agc_triton.kernels.begin import begin
 from agc_triton.kernels.fold import fold
 from agc_triton.kernels.step import step
+from agc_triton.records import Page
 from agc_triton.routing import interpreted
 from agc_triton.rule import KernelRule
 from agc_triton.triton_path.buckets import BucketPlan, TileShape
@@ -98,6 +99,7 @@ def step_constexprs(
     kernel: Kernel,
     target: Target,
     skip: bool = False,
+    track: bool = False,
     first: bool = True,
     last: bool = True,
 ) -> dict[str, Any]:
@@ -124,6 +126,7 @@ def step_constexprs(
         "PARTS": triton.next_power_of_2(MAX_PARTS),
         "PREFETCH": prefetch(shape),
         "SKIP": skip,
+        "TRACK": track,
         "STREAM": target.stream,
         "PDL": target.pdl,
         "FIRST": first,
@@ -136,7 +139,7 @@ def fold_constexprs() -> dict[str, Any]:
     return {"PARTS": triton.next_power_of_2(MAX_PARTS)}
 
 
-def begin_constexprs(plan: BucketPlan, kernel: Kernel) -> dict[str, Any]:
+def begin_constexprs(plan: BucketPlan, kernel: Kernel, track: bool = False) -> dict[str, Any]:
     """Compile-time arguments of `begin`, in the order of its signature."""
     rule = kernel.rule
     return {
@@ -151,6 +154,7 @@ def begin_constexprs(plan: BucketPlan, kernel: Kernel) -> dict[str, Any]:
         "VECTOR": plan.parts_vector,
         "STRIDED": plan.parts_strided,
         "HAS_SPLIT": len(plan.parts) > 0,
+        "TRACK": track,
     }
 
 
@@ -210,6 +214,25 @@ class Launch:
         )
 
 
+class PlacedRecords(NamedTuple):
+    """Where the records of a launch group's units are, and what is recorded in its steps.
+
+    ``track`` says that some of them keep the ratios.
+    """
+
+    page: Page
+    skip: bool
+    track: bool
+
+
+class Variant(NamedTuple):
+    """The launches of a step: what opens it, and `step` for what is whole here or shared."""
+
+    opening: Launch
+    steps: list[Launch]
+    steps_across: list[Launch]
+
+
 class StepLauncher:
     """The launches of one step over a plan: `begin`, `fold`, then `step` once per bucket.
 
@@ -218,7 +241,7 @@ class StepLauncher:
         kernel: what they are compiled for.
         device: where tables, parameters, gradients and states lie.
         sums: a pair of partial sums, of p and g, for each part of `plan`.
-        skipped: counts by unit of those that were left alone; None to leave none alone.
+        records: where something is kept of each unit; None if nothing is.
         pool: where units that are split between ranks are added up; None where there are none.
     """
 
@@ -228,51 +251,62 @@ class StepLauncher:
         kernel: Kernel,
         device: torch.device,
         sums: Tensor,
-        skipped: Tensor | None,
+        records: PlacedRecords | None,
         pool: Pool | None,
     ) -> None:
-        n, target = len(plan.fields), Target.of(device)
+        self._plan, self._kernel, self._target = plan, kernel, Target.of(device)
         tables = (plan.fields, plan.parts, plan.folds, *(bucket.tiles for bucket in plan.buckets))
         fields, parts, folds, *tiles = (torch.from_numpy(table).to(device) for table in tables)
         row = abi.OF_RULE + kernel.rule.prepared
-        prepared = torch.empty(n * row, dtype=torch.float64, device=device)
+        prepared = torch.empty(len(plan.fields) * row, dtype=torch.float64, device=device)
         # Stand for a grad_scale or found_inf that is not given: one `begin` serves all steps.
         self._no_scale = torch.ones((), dtype=torch.float32, device=device)
         self._no_inf = torch.zeros((), dtype=torch.float32, device=device)
-        preparing = -(-n // PREPARE_BLOCK)
-        self.opening = Launch(
-            begin,
-            preparing + len(plan.parts),
-            (fields, prepared, parts, sums, sums if pool is None else pool.own, n, preparing),
-            begin_constexprs(plan, kernel),
-            target.options(BEGIN_WARPS, pdl=False),
-        )
         self.tensors = [fields, parts, folds, *tiles, prepared, self._no_scale, self._no_inf]
-        counts = fields if skipped is None else skipped  # an int64 pointer that is not read
-        whole = [bucket for bucket in plan.buckets if not bucket.shape.across]
-        self.steps: list[Launch] = []
+        self._sums, self._pool, self._records = sums, pool, records
+        self.untracked = self._variant(track=False)
+        self.tracked = self._variant(track=True) if records and records.track else None
         # Of units that are split between ranks; these wait for what the ranks add up.
         self.folding: list[Launch] = []
-        self.steps_across: list[Launch] = []
+        if pool is not None and len(plan.folds):
+            bound, constexprs = (sums, folds, pool.own), fold_constexprs()
+            options = self._target.options(FOLD_WARPS, pdl=False)
+            self.folding.append(Launch(fold, len(folds), bound, constexprs, options))
+
+    def _variant(self, track: bool) -> Variant:
+        """All launches of steps that keep ratios, or of those that do not."""
+        plan, sums, pool = self._plan, self._sums, self._pool
+        fields, parts, _, *tiles, prepared, _, _ = self.tensors
+        n, skip = len(plan.fields), self._records is not None and self._records.skip
+        # Pointers of their types, which are not read where nothing is recorded.
+        page = self._records.page if self._records else Page(fields.device, ())
+        preparing = -(-n // PREPARE_BLOCK)
+        of_ranks = sums if pool is None else pool.own
+        opening = Launch(
+            begin,
+            preparing + len(plan.parts),
+            (fields, prepared, parts, sums, of_ranks, page.numbers, n, preparing),
+            begin_constexprs(plan, self._kernel, track),
+            self._target.options(BEGIN_WARPS, pdl=False),
+        )
+        whole = [bucket for bucket in plan.buckets if not bucket.shape.across]
+        variant = Variant(opening, [], [])
         for bucket, own in zip(plan.buckets, tiles, strict=True):
-            across, skip = bucket.shape.across, skipped is not None
-            if across:
+            if across := bucket.shape.across:
                 assert pool is not None
-                total, on, place = pool.total, target._replace(pdl=False), (True, True)
+                total, on, place = pool.total, self._target._replace(pdl=False), (True, True)
             else:
-                total, on, place = sums, target, (bucket is whole[0], bucket is whole[-1])
+                total, on = sums, self._target
+                place = bucket is whole[0], bucket is whole[-1]
             launch = Launch(
                 step,
                 len(bucket.tiles),
-                (own, fields, prepared, total, counts, n),
-                step_constexprs(bucket.shape, kernel, on, skip, *place),
+                (own, fields, prepared, total, page.skips, page.ratios, n),
+                step_constexprs(bucket.shape, self._kernel, on, skip, track, *place),
                 on.options(bucket.shape.num_warps, on.pdl),
             )
-            (self.steps_across if across else self.steps).append(launch)
-        if pool is not None and len(plan.folds):
-            bound, constexprs = (sums, folds, pool.own), fold_constexprs()
-            options = target.options(FOLD_WARPS, pdl=False)
-            self.folding.append(Launch(fold, len(folds), bound, constexprs, options))
+            (variant.steps_across if across else variant.steps).append(launch)
+        return variant
 
     def load(self, tables: Tables) -> None:
         """Compile and load all kernels, which a CUDA graph's capture would not allow.
@@ -280,31 +314,46 @@ class StepLauncher:
         Raises:
             RuntimeError: a kernel cannot be.
         """
-        self.opening.load(*self._varying(tables, None, None))
+        for variant in filter(None, (self.untracked, self.tracked)):
+            variant.opening.load(*self._varying(tables, None, None, 0))
+            for launch in variant.steps + variant.steps_across:
+                launch.load(tables.addresses)
         for launch in self.folding:
             launch.load()
-        for launch in self.steps + self.steps_across:
-            launch.load(tables.addresses)
 
-    def begin(self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _of(self, tracked: bool) -> Variant:
+        """The launches of a step."""
+        if not tracked:
+            return self.untracked
+        assert self.tracked is not None
+        return self.tracked
+
+    def begin(
+        self,
+        tables: Tables,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        number: int | None,
+    ) -> None:
         """Count, prepare and sum; both tensors are fp32 on the device."""
-        self.opening.fire(*self._varying(tables, grad_scale, found_inf))
+        opening = self._of(number is not None).opening
+        opening.fire(*self._varying(tables, grad_scale, found_inf, number or 0))
         for launch in self.folding:
             launch.fire()
 
-    def update(self, tables: Tables) -> None:
+    def update(self, tables: Tables, tracked: bool) -> None:
         """Clip and update the units that are whole here."""
-        for launch in self.steps:
+        for launch in self._of(tracked).steps:
             launch.fire(tables.addresses)
 
-    def update_across(self, tables: Tables) -> None:
+    def update_across(self, tables: Tables, tracked: bool) -> None:
         """The same for those that are split between ranks, whose totals are there."""
-        for launch in self.steps_across:
+        for launch in self._of(tracked).steps_across:
             launch.fire(tables.addresses)
 
     def _varying(
-        self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> tuple[Tensor, ...]:
+        self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None, number: int
+    ) -> tuple[Tensor | int, ...]:
         scale = self._no_scale if grad_scale is None else grad_scale
         inf = self._no_inf if found_inf is None else found_inf
-        return scale, inf, tables.addresses, tables.values, tables.pointers
+        return scale, inf, tables.addresses, tables.values, tables.pointers, number

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from agc_triton.exchange import Exchange
-from agc_triton.nonfinite import SkippedUnits
+from agc_triton.records import Recording, UnitOrder, UnitRecords
 from agc_triton.rule import KernelRule, Work
 from agc_triton.sharded import Kind, any_sharded, local, locals_of
 from agc_triton.snapshot import Look
 from agc_triton.triton_path.buckets import Bucket, TensorUnits, plan_buckets
 from agc_triton.triton_path.gradients import grad_dtype
 from agc_triton.triton_path.launch_group import ACCESS, LaunchGroup, Member, kernel_layout
+from agc_triton.triton_path.launches import PlacedRecords
 from agc_triton.triton_path.scalars import OwnScalars, on_device
 from agc_triton.units import memory_order
 from agc_triton.validation import check_grad, check_states
@@ -49,7 +50,7 @@ class TritonPlan:
         work: states of parameters with a gradient are created; all groups have been checked.
         taken: per group, the parameters that the kernels can take.
         own: scalars that the states do not hold.
-        skipped: where skipped units are counted; None to skip none.
+        recording: what is recorded, and where.
         exchange: where units that are split between ranks are added up, if any are.
         captured: as of `LaunchGroup`.
 
@@ -62,11 +63,12 @@ class TritonPlan:
         work: Work,
         taken: Sequence[list[Tensor]],
         own: OwnScalars,
-        skipped: SkippedUnits | None,
+        recording: Recording,
         exchange: Exchange | None,
         captured: list[Any],
     ) -> None:
         self._rule, self._exchange = work.rule.kernel, exchange
+        self._records = recording.of_plans
         placed = [(p, index) for index, params in enumerate(taken) for p in params]
         begun = {p for p, index in placed if _has_states(work, p, index)}
         for index, params in enumerate(taken):
@@ -84,24 +86,21 @@ class TritonPlan:
         self._sharded = any_sharded(params)
         self._pick_idle = _picker(params, idle)
         self._lengths = [len(group["params"]) for group in work.groups]
-        counts = _skip_counts(work, found.values(), skipped)
-        units: defaultdict[torch.device, int] = defaultdict(int)
         self.parts: list[Part] = []
         for members in found.values():
-            device = members[0][0].device
             made = _members(work, members, own, begun, exchange)
-            with _current(device):
-                launches = LaunchGroup(
-                    self._rule, made, work.groups, units[device], counts.get(device), captured
-                )
-            units[device] += sum(member.layout.n_units for member in made)
+            place = _place(work, members, recording)
+            with _current(members[0][0].device):
+                launches = LaunchGroup(self._rule, made, work.groups, place, captured)
             self.parts.append(_part(work, launches, params, members))
         # As long as they are here, no others can be where they were.
         self._entries = list(work.state.values())
 
-    def look(self, work: Work, exchange: Exchange | None) -> Look | None:
+    def look(
+        self, work: Work, exchange: Exchange | None, records: UnitRecords | None
+    ) -> Look | None:
         """What there is now of what the tables hold; for this step its parameters are kept."""
-        if exchange is not self._exchange:
+        if exchange is not self._exchange or records is not self._records:
             return None
         entries, groups = work.state.values(), work.groups
         if [len(group["params"]) for group in groups] != self._lengths:
@@ -142,12 +141,22 @@ class TritonPlan:
             for index, mask in self._rest
         ]
 
-    def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
-        """Upload tables, count steps, sum the parts of long units."""
+    def begin(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        number: int | None,
+        capturing: bool,
+    ) -> None:
+        """Upload tables, count steps, sum the parts of long units.
+
+        ``number`` is that of a step that keeps the ratios of all units.
+        """
         for part in self.parts:
             device = part.launches.device
+            scaler = _on(grad_scale, device), _on(found_inf, device)
             with _current(device):
-                part.launches.begin(_on(grad_scale, device), _on(found_inf, device), capturing)
+                part.launches.begin(*scaler, number, capturing)
 
     def update(self) -> None:
         """Clip and update what is whole here; autograd is told of all updates."""
@@ -282,16 +291,14 @@ def _laid_out_as(param: Tensor, entry: dict[str, Any], key: str) -> Tensor:
     return state
 
 
-def _skip_counts(
-    work: Work, groups: Iterable[list[Placed]], skipped: SkippedUnits | None
-) -> dict[torch.device, Tensor]:
-    """Room on each device for a count per unit of the plan, if units are skipped."""
-    if skipped is None:
-        return {}
-    units: defaultdict[torch.device, int] = defaultdict(int)
-    for p, index in chain.from_iterable(groups):
-        units[p.device] += kernel_layout(p, work.groups[index]["unit_dim"]).n_units
-    return {device: skipped.by_unit(device, n) for device, n in units.items()}
+def _place(work: Work, placed: list[Placed], recording: Recording) -> PlacedRecords | None:
+    """Where the records of one launch group go, if anything is recorded."""
+    records = recording.of_plans
+    if records is None:
+        return None
+    orders = [(p, UnitOrder.of_memory(p, work.groups[at]["unit_dim"])) for p, at in placed]
+    page = records.page(placed[0][0].device, orders)
+    return PlacedRecords(page, recording.skip, recording.tracking)
 
 
 def _check_members(work: Work, placed: Iterable[Placed]) -> None:

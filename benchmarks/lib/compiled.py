@@ -81,15 +81,13 @@ def _compile_begin(constexprs: tuple[tuple[str, Any], ...], compute: torch.dtype
 
 _TYPES = {
     **dict.fromkeys(
-        (
-            *("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr", "skipped_ptr"),
-            "folds_ptr",
-        ),
+        (*("tiles_ptr", "tensors_ptr", "addresses_ptr", "pointers_ptr", "folds_ptr"),),
         "*i64",
     ),
     **dict.fromkeys(("prepared_ptr", "groups_ptr"), "*fp64"),
-    **dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"), "*fp32"),
-    **dict.fromkeys(("n_tensors", "n_prepare"), "i32"),
+    **dict.fromkeys(("grad_scale_ptr", "found_inf_ptr", "ratios_ptr"), "*fp32"),
+    **dict.fromkeys(("skips_ptr", "numbers_ptr"), "*i32"),
+    **dict.fromkeys(("number", "n_tensors", "n_prepare"), "i32"),
 }
 
 

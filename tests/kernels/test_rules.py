@@ -150,7 +150,7 @@ def test_a_number_replaced_by_an_equal_tensor_on_the_device_is_read_there() -> N
     # As a graph replays it: a new value, and only the launches.
     lr.zero_()
     before = [p.clone() for p in params]
-    plan_of(optimizer).begin(None, None, False)
+    plan_of(optimizer).begin(None, None, None, False)
     for part in plan_of(optimizer).parts:
         part.launches.update()
     assert all(map(torch.equal, params, before))
@@ -228,7 +228,7 @@ def test_what_scratch_memory_held_does_not_matter(name: str) -> None:
     for step, value in enumerate((0.0, torch.inf, 1e300)):
         if step:
             (part,) = plan_of(optimizer).parts
-            args = bound_args(part.launches.launcher.opening)
+            args = bound_args(part.launches.launcher.untracked.opening)
             args["prepared_ptr"].fill_(value)
             args["sums_ptr"].fill_(min(value, 1e38))
         step_and_check(optimizer, oracle, params, grads_like(params, step))

@@ -131,7 +131,7 @@ def test_offsets_beyond_32_bits(unit_dim: int) -> None:
     far = 3 << 31
     (part,) = plan_of(run.optimizer).parts
     launcher, tables = part.launches.launcher, part.launches.tables
-    for launch in (launcher.opening, *launcher.steps):
+    for launch in (launcher.untracked.opening, *launcher.untracked.steps):
         bound_args(launch)["tiles_ptr"][:, 1] += far
     addresses = tables.addresses
     for role in {*range(tables.roles)} - {abi.SCALARS}:  # a count has no offset

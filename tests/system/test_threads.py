@@ -92,12 +92,12 @@ class Recorded:
         (part,) = plan.parts
         tables, launcher = part.launches.tables, part.launches.launcher
         args = bound_args(launch)
-        shared = bound_args(launcher.opening)
+        shared = bound_args(launcher.untracked.opening)
         for name in ("tensors_ptr", "prepared_ptr", "sums_ptr"):
             assert args[name] is shared[name]
-        if launch is not launcher.opening:
-            skipped = self.optimizer._paths.skipped._by_unit[torch.device(DEVICE)]
-            assert args["skipped_ptr"] is skipped[-1]
+        if launch is not launcher.untracked.opening:
+            (page,) = self.optimizer._paths.recorder.records.pages()
+            assert args["skips_ptr"] is page.skips
         assert any(x is tables.addresses for x in varying)
         addresses = [a and names[a] for a in tables.addresses.tolist()]
         contents = args["tiles_ptr"].tolist(), addresses, tables.values.clone()

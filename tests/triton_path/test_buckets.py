@@ -27,7 +27,6 @@ from agc_triton.units import UnitLayout, unit_layout
 from benchmarks.lib.workloads import TABLES, load_shapes
 
 Indices = npt.NDArray[np.int64]
-FIRST_UNIT = 7  # of another launch group's are before
 
 
 def rows(length: int, units: int = 2, aligned: bool = True, group: int = 0) -> TensorUnits:
@@ -77,7 +76,7 @@ def unit_numbers(tensors: Sequence[TensorUnits]) -> dict[tuple[int, int], int]:
     for i, tensor in enumerate(tensors):
         batch, outer, units, inner = tensor.layout
         for b, u in product(range(batch), range(units)):
-            numbers[i, b * outer * units * inner + u * inner] = FIRST_UNIT + len(numbers)
+            numbers[i, b * outer * units * inner + u * inner] = len(numbers)
     return numbers
 
 
@@ -180,7 +179,7 @@ def test_every_element_is_in_one_tile(
         ),
         mock.patch.object(tiles, "MAX_PARTS", max_parts),
     ):
-        plan = plan_buckets(tensors, itemsize, states, FIRST_UNIT)
+        plan = plan_buckets(tensors, itemsize, states)
         assert sorted(i for b in plan.buckets for i in b.tensors) == list(range(len(tensors)))
         assert_covers(plan, tensors)
         assert_numbers_units(plan, tensors)

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.checks import nothing_changes, oracle_for, states_of, step_with
+from tests.support.checks import nothing_changes, oracle_for, states_of
 from tests.support.guards import Guarded
-from tests.support.optimizers import ADAMW, MOMENTUM, NAMES, PAIRS, STATEFUL, TRITON, build
+from tests.support.optimizers import ADAMW, MOMENTUM, NAMES, PAIRS, STATEFUL
 from tests.support.places import DEVICE, KERNELS, few_weights
-from tests.support.plans import bucket_plans
 from tests.support.tensors import grad_like, moved, same, weight
 from tests.support.training import Training
 
@@ -253,17 +252,3 @@ def test_steps_counted_in_another_dtype(name: str, dtype: torch.dtype) -> None:
     training.train(2)
     steps = [entry["step"] for entry in training.optimizer.state.values()]
     assert [(float(step), step.dtype) for step in steps] == [(3.0, torch.float32)] * len(steps)
-
-
-def test_units_are_numbered_through_all_launches() -> None:
-    kinds = (torch.float32, torch.bfloat16)
-    params = [weight((3, 20), kinds[i % 2], DEVICE, seed=i) for i in range(4)]
-    optimizer = build("AdamW", params, TRITON)
-    step_with(optimizer, params, [torch.ones_like(p) for p in params])
-    numbers: list[int] = []
-    for plan in bucket_plans(optimizer):
-        for bucket in plan.buckets:
-            for _, _, units, first, _ in bucket.tiles.tolist():
-                numbers += range(first, first + units)
-    assert len(bucket_plans(optimizer)) == 2
-    assert sorted(numbers) == list(range(4 * 3))
