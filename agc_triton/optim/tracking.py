@@ -62,7 +62,8 @@ class ClipTracking:
             ImportError: pandas is not installed.
         """
         self._check_tracked()
-        return _stats().table_of(self._rows(gather))
+        table: DataFrame = _stats().table_of(self._rows(gather))
+        return table
 
     def clip_log(self, gather: bool = False) -> dict[str, float]:
         """Five numbers of the latest tracked step for a logger; waits for the device.
