@@ -13,7 +13,7 @@ from torch import Tensor
 from agc_triton.extras import needed
 from agc_triton.norms import norms_over, unit_norms
 from agc_triton.records import Latest, UnitRecords
-from agc_triton.sharded import Kind, axes_here, gathered, is_sharded, kind_of, local, repeated
+from agc_triton.sharded import axes_here, gathered, is_sharded, local, repeated
 from agc_triton.units import UnitDim
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _measured(
     own = np.maximum(norms.numpy(), group["agc_eps"])
     counted = np.ones(len(ratios), bool)
     if gather:
-        shared, same = repeated(param, group["unit_dim"])
+        shared, same = repeated(param, group["unit_dim"], last.whole)
         if same:
             return Measured.joined([])
         counted = np.full(len(ratios), not shared)
@@ -168,7 +168,7 @@ def _weight_norms(
     found = [torch.empty(0, dtype=torch.float64, device="cpu")] * len(members)
     for at, ((g, i), last) in enumerate(zip(members, latest, strict=True)):
         if last is not None:
-            norms = _norms_here(groups[g]["params"][i], groups[g]["unit_dim"])
+            norms = _norms_here(groups[g]["params"][i], groups[g]["unit_dim"], last.whole)
             of_device.setdefault(norms.device, []).append((at, norms))
     for norms_there in of_device.values():
         sizes = [len(norms) for _, norms in norms_there]
@@ -178,11 +178,11 @@ def _weight_norms(
     return found
 
 
-def _norms_here(param: Tensor, unit_dim: UnitDim) -> Tensor:
+def _norms_here(param: Tensor, unit_dim: UnitDim, whole: bool) -> Tensor:
     """A norm per unit recorded on this rank, in the order of norms; of what of it lies here."""
     if not is_sharded(param):
         return unit_norms(param, unit_dim).reshape(-1)
-    if kind_of(param, unit_dim) is Kind.OTHER:
+    if whole:
         norms: Any = unit_norms(param, unit_dim)
         return norms.full_tensor().reshape(-1)  # type: ignore[no-any-return]  # a DTensor's
     here, axes = local(param), dict(axes_here(param, unit_dim))

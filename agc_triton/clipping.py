@@ -127,10 +127,10 @@ def _shaped(records: UnitRecords, param: Tensor, unit_dim: UnitDim) -> Tensor | 
     if place is None:  # it has no units
         return None
     page, i = place
-    here = local(param)
-    values, axes = page.members[i].as_norms(page.ratios[page.at(i)]), axes_here(param, unit_dim)
-    if len(values) != math.prod(parts for _, parts in axes):  # those of the whole DTensor
-        here, axes = param, unit_axes(param.shape, unit_dim)
+    whole = page.members[i].whole
+    here = param if whole else local(param)
+    axes = unit_axes(param.shape, unit_dim) if whole else axes_here(param, unit_dim)
+    values = page.members[i].as_norms(page.ratios[page.at(i)])
     sizes = [1] * here.dim()
     for dim, parts in axes:
         sizes[dim] = parts

@@ -22,11 +22,13 @@ class UnitOrder(NamedTuple):
     """How the units of a parameter follow each other in a record.
 
     ``sizes`` are those of the dimensions that index its units, slowest first, and ``order`` says
-    which of these dimensions comes where.
+    which of these dimensions comes where. They are the units of what lies on this rank, or of the
+    ``whole`` DTensor.
     """
 
     sizes: tuple[int, ...]
     order: tuple[int, ...]
+    whole: bool = False
 
     @property
     def units(self) -> int:
@@ -44,9 +46,9 @@ class UnitOrder(NamedTuple):
 
     @classmethod
     def of_norms(cls, param: Tensor, unit_dim: UnitDim, whole: bool = False) -> UnitOrder:
-        """As in `norms.unit_norms`; with ``whole`` all of them, wherever they lie."""
+        """As in `norms.unit_norms`."""
         axes = unit_axes(param.shape, unit_dim) if whole else axes_here(param, unit_dim)
-        return cls(tuple(parts for _, parts in axes), tuple(range(len(axes))))
+        return cls(tuple(parts for _, parts in axes), tuple(range(len(axes))), whole)
 
     def as_norms(self, values: Tensor) -> Tensor:
         """Values that follow each other so, in the order of norms."""
@@ -170,16 +172,21 @@ class UnitRecords:
             for page, i in self._places.get(param, ()):
                 ratios, numbers = read[id(page)]
                 if numbers[i] >= (found.number if found else 1):
-                    own = page.members[i].as_norms(ratios[page.at(i)])
-                    found = Latest(own, numbers[i])
+                    order = page.members[i]
+                    own = order.as_norms(ratios[page.at(i)])
+                    found = Latest(own, numbers[i], order.whole)
             yield found
 
 
 class Latest(NamedTuple):
-    """Ratios of a parameter's units in the order of norms (fp32, CPU), and the step's number."""
+    """Ratios of a parameter's units in the order of norms (fp32, CPU), and the step's number.
+
+    ``whole`` as of `UnitOrder`.
+    """
 
     ratios: Tensor
     number: int
+    whole: bool
 
 
 class Recording(NamedTuple):

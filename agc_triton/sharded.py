@@ -122,16 +122,16 @@ def mesh_groups(params: Iterable[Any]) -> list[Any]:
     return list(groups.values())
 
 
-def repeated(param: Any, unit_dim: UnitDim) -> tuple[bool, bool]:
+def repeated(param: Any, unit_dim: UnitDim, whole: bool) -> tuple[bool, bool]:
     """Whether others share this rank's units and count them, and whether all of it is theirs too.
 
-    Of ranks that hold the same, the first of each mesh dimension counts.
+    Of ranks that hold the same, the first of each mesh dimension counts; all hold the ``whole``.
     """
     if not is_sharded(param):
         return False, False
     mesh = param.device_mesh
     behind = [dim for dim in range(mesh.ndim) if mesh.get_local_rank(dim)]
-    if kind_of(param, unit_dim) is Kind.OTHER:  # all of it is known everywhere
+    if whole:
         return bool(behind), bool(behind)
     split = _split_dims(param.shape, *_placed(param), unit_dim) or ()
     same = any(param.placements[dim].is_replicate() for dim in behind)

@@ -1,8 +1,9 @@
-"""``track_clipping``: what is recorded on both paths, in which steps, and that nothing else changes."""
+"""``track_clipping``: what both paths record, in which steps, and that nothing else changes."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from agc_triton import AGC
 from agc_triton.torch_path import blocks
-from tests.support.disk import on_disk
 from tests.support.optimizers import CLIPPING, EACH_RULE, MODES, STATEFUL, build, supported
 from tests.support.places import DEVICE, on_device
 from tests.support.plans import plan_of
@@ -189,7 +189,11 @@ def test_records_go_on_where_plans_are_made_anew(backend: str) -> None:
     assert [r and r.number for r in latest(optimizer, [params[0], added])] == [3, 3]
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, on_disk])
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, pickled])
 def test_copies_are_tracked_too_and_begin_anew(make: Any) -> None:
     for optimizer in (
         started("AdamW", "torch", track_clipping=2),
