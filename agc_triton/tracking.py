@@ -110,7 +110,7 @@ class Watch:
         seen = len(self._shares)
         if seen == ALL_IN and min(self._shares) > MOST:
             _warn(groups, f"over {MOST:.0%} of the units in each of the first {ALL_IN}")
-        elif seen == NONE_IN:
+        elif seen == NONE_IN and not any(self._shares):
             _warn(groups, f"no unit in any of the first {NONE_IN}")
         self._over = seen >= NONE_IN or (seen >= ALL_IN and max(self._shares) > 0.0)
 

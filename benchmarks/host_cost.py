@@ -9,7 +9,7 @@ caches the two take turns call by call and each meets what the other left; with 
 makes a block of calls in a row, as microbenchmarks do. Training lies between the two. Kinds and
 caches take turns as well.
 
-A third steps DTensors, as the first of two ranks that share them: half of its tensors have units
+Another records the ratios of all units in every step (`track_clipping`). A third steps DTensors, as the first of two ranks that share them: half of its tensors have units
 of their own, half are parts of a unit (no other rank is there: sums over ranks go nowhere). A
 fourth does nothing but read where gradients, parameters and states lie, which a step that may not
 write to memory it no longer owns has to do: how much cheaper than torch any plan can be.
@@ -54,6 +54,7 @@ from benchmarks.lib.versions import triton_version
 
 OURS, THEIRS, FLOOR = "AdamW_AGC triton", "torch AdamW fused", "reading addresses only"
 SHARDED = "AdamW_AGC triton, one of two ranks"
+TRACKED = "AdamW_AGC triton, every step tracked"
 KINDS = ("steady", "changing")
 TURN = 20  # calls of each implementation
 # Consecutive calls of one implementation, by what they do to the caches.
@@ -152,10 +153,13 @@ def measure(mesh: DeviceMesh, tensors: int, groups: int, calls: int) -> list[dic
     """Rows for all implementations: steady and changing, with warm and cold caches."""
     optimizers = {
         OURS: build(AdamW_AGC, plain(tensors), groups, backend="triton"),
+        TRACKED: build(AdamW_AGC, plain(tensors), groups, backend="triton"),
         THEIRS: build(AdamW, plain(tensors), groups, fused=True),
         SHARDED: build(AdamW_AGC, shared(mesh, tensors), groups, backend="triton"),
         FLOOR: build(AddressesOnly, plain(tensors), groups, fused=True),
     }
+    tracked: Any = optimizers[TRACKED]
+    tracked.track_clipping(1, warn=False)  # the warning's first steps are not those of training
     times = time_in_turns(optimizers, calls)
     found = {key: quantiles(pd.Series(values), "median_us", "us") for key, values in times.items()}
     rows = []

@@ -110,6 +110,7 @@ class Adam_AGC(AGCOptimizer, Adam):
             unit_dim: UnitDim = None,
             backend: str = "auto",
             nonfinite: str = "propagate",
+            track_clipping: int = 0,
         ) -> None: ...
 
     def _batches(self, group: dict[str, Any]) -> Batches:

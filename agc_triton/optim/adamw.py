@@ -53,6 +53,7 @@ class AdamW_AGC(AGCOptimizer, AdamW):
             unit_dim: UnitDim = None,
             backend: str = "auto",
             nonfinite: str = "propagate",
+            track_clipping: int = 0,
         ) -> None: ...
 
     def _batches(self, group: dict[str, Any]) -> Batches:

@@ -122,6 +122,7 @@ class RMSprop_AGC(AGCOptimizer, RMSprop):
             unit_dim: UnitDim = None,
             backend: str = "auto",
             nonfinite: str = "propagate",
+            track_clipping: int = 0,
         ) -> None: ...
 
     def _batches(self, group: dict[str, Any]) -> Batches:

@@ -92,6 +92,7 @@ class SGD_AGC(AGCOptimizer, SGD):
             unit_dim: UnitDim = None,
             backend: str = "auto",
             nonfinite: str = "propagate",
+            track_clipping: int = 0,
         ) -> None: ...
 
     def __setstate__(self, state: dict[str, Any]) -> None:

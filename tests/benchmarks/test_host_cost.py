@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import host_cost
-from benchmarks.host_cost import BLOCKS, COLUMNS, FLOOR, KINDS, OURS, SHARDED, THEIRS, TURN
+from benchmarks.host_cost import (
+    BLOCKS,
+    COLUMNS,
+    FLOOR,
+    KINDS,
+    OURS,
+    SHARDED,
+    THEIRS,
+    TRACKED,
+    TURN,
+)
 from benchmarks.lib import plots
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +45,7 @@ def test_a_short_run_writes_and_draws_every_row(tmp_path: Path) -> None:
         for case in host_cost.cases(quick=True)
         for kind in KINDS
         for caches in BLOCKS
-        for name in (OURS, THEIRS, SHARDED, FLOOR)
+        for name in (OURS, TRACKED, THEIRS, SHARDED, FLOOR)
     ]
     assert list(table[keys].itertuples(index=False, name=None)) == expected
     assert (table["p20_us"] <= table["median_us"]).all()

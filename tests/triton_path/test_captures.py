@@ -20,6 +20,7 @@ from agc_triton.triton_path.tables import CAPTURES
 from tests.support.checks import check_clipped, oracle_for, states_of
 from tests.support.optimizers import CLIPPING, EACH_RULE, STATEFUL, TRITON, build
 from tests.support.places import DEVICE, KERNELS
+from tests.support.ratios import check_ratios, latest, ratios_of
 from tests.support.tensors import TILE_SHAPES, assign, grads_like, same, weights
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu/test_graphs.py captures there")
@@ -211,6 +212,30 @@ def test_what_checkpoints_replace_is_let_go_but_graphs_stay(
     run.optimizer.step()
     assert run.optimizer._paths.triton.plan is None
     assert len(run.optimizer._paths.triton.captured) == 1
+
+
+def test_replays_record_ratios_as_the_step_that_was_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Captured("AdamW")
+    run.optimizer.track_clipping(5)
+    run.eager(0)  # tracked
+    grads = make_grads(1)
+    assign(run.params, grads)
+    with capture(monkeypatch) as graph:  # tracked as all that is captured
+        run.optimizer.step()
+    expected: list[Any] = []
+    for _ in range(2):
+        expected = [ratios_of(p, grad) for p, grad in zip(run.params, grads, strict=True)]
+        run.replay(graph, grads)
+    for record, ratios in zip(latest(run.optimizer, run.params), expected, strict=True):
+        check_ratios(record, ratios, 2)
+    run.optimizer.track_clipping(0)
+    run.eager(2)  # by another plan, which records nothing
+    expected = [ratios_of(p, grad) for p, grad in zip(run.params, grads, strict=True)]
+    run.replay(graph, grads)
+    for record, ratios in zip(latest(run.optimizer, run.params), expected, strict=True):
+        check_ratios(record, ratios, 2)
 
 
 def test_a_state_of_another_kind_is_laid_out_anew() -> None:
