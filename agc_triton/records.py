@@ -171,7 +171,8 @@ class UnitRecords:
             found: Latest | None = None
             for page, i in self._places.get(param, ()):
                 ratios, numbers = read[id(page)]
-                if numbers[i] >= (found.number if found else 1):
+                # One that a graph still writes to comes before what took over from it.
+                if numbers[i] > (found.number if found else 0):
                     order = page.members[i]
                     own = order.as_norms(ratios[page.at(i)])
                     found = Latest(own, numbers[i], order.whole)

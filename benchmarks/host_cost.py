@@ -9,9 +9,10 @@ caches the two take turns call by call and each meets what the other left; with 
 makes a block of calls in a row, as microbenchmarks do. Training lies between the two. Kinds and
 caches take turns as well.
 
-Another records the ratios of all units in every step (`track_clipping`). A third steps DTensors, as the first of two ranks that share them: half of its tensors have units
-of their own, half are parts of a unit (no other rank is there: sums over ranks go nowhere). A
-fourth does nothing but read where gradients, parameters and states lie, which a step that may not
+Others are `AdamW_AGC` recording the ratios of all units in every step (`track_clipping`), and
+`AdamW_AGC` on DTensors, as the first of two ranks that share them: half of its tensors have units
+of their own, half are parts of a unit (no other rank is there: sums over ranks go nowhere). The
+last does nothing but read where gradients, parameters and states lie, which a step that may not
 write to memory it no longer owns has to do: how much cheaper than torch any plan can be.
 """
 

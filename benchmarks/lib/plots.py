@@ -230,7 +230,7 @@ def host_cost(table: pd.DataFrame, csv: Path) -> Path:
     axes = figure.subplots(len(kinds_of_caches), 2, sharey=True, sharex="col", squeeze=False)
     styles = {"steady": "-", "changing": "--"}
     implementations = table["implementation"].unique()
-    palette = ["tab:blue", "tab:red", "tab:cyan", "tab:gray"]
+    palette = ["tab:blue", "tab:purple", "tab:red", "tab:cyan", "tab:gray"]
     colors = dict(zip(implementations, palette, strict=False))
     grouped = table.sort_values("groups")["tensors"].iloc[-1]
     panels = {

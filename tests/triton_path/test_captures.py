@@ -238,6 +238,25 @@ def test_replays_record_ratios_as_the_step_that_was_captured(
         check_ratios(record, ratios, 2)
 
 
+def test_replays_of_a_plan_that_was_replaced_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Captured("SGD")
+    run.optimizer.track_clipping(5)
+    run.eager(0, without=2)
+    grads: list[Any] = make_grads(1)
+    grads[2] = None
+    assign(run.params, grads)
+    with capture(monkeypatch) as graph:
+        run.optimizer.step()
+    run.eager(2, without=1)  # the first gradient of the third parameter: another plan, not tracked
+    before = [p.clone() for p in run.params]
+    run.replay(graph, grads)
+    records = latest(run.optimizer, run.params)
+    for record, p, grad in zip(records, before, grads, strict=True):
+        if grad is not None:
+            check_ratios(record, ratios_of(p, grad), 2)
+    assert records[2] is None
+
+
 def test_a_state_of_another_kind_is_laid_out_anew() -> None:
     param = torch.randn(3, 4, dtype=torch.complex64)
     values, grad = (
