@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sphinx.util.inventory import InventoryFile
 
 import agc_triton
 from agc_triton.optim.optimizer import AGCOptimizer
@@ -18,7 +16,7 @@ from tests.support.markdown import PAGES, ROOT
 
 def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """As `make docs` does."""
-    options = ["--fail-on-warning", "--keep-going", "--quiet", "-d", out / "trees"]
+    options = ["--fail-on-warning", "--keep-going", "--quiet", "-d", str(out / "trees")]
     return subprocess.run(
         [sys.executable, "-m", "sphinx", *options, "-c", ROOT / "docs", source, out / "site"],
         cwd=ROOT,
@@ -36,9 +34,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "site"
 
 
-@pytest.fixture(scope="module")
-def inventory(site: Path) -> dict[str, dict[str, Any]]:
-    return InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
+def documented(site: Path) -> set[str]:
+    """The names that the API reference can be linked to."""
+    return set(re.findall(r'id="(agc_triton\.[\w.]+)"', (site / "docs" / "api.html").read_text()))
 
 
 def test_every_page_is_there_and_the_readme_comes_first(site: Path) -> None:
@@ -47,27 +45,20 @@ def test_every_page_is_there_and_the_readme_comes_first(site: Path) -> None:
     assert (site / "index.html").read_bytes() == (site / "README.html").read_bytes()
 
 
-def test_every_public_name_is_in_the_reference(inventory: dict[str, dict[str, Any]]) -> None:
-    kinds = {"class": inspect.isclass, "function": inspect.isfunction}
-    for kind, is_one in kinds.items():
-        public = {name for name in agc_triton.__all__ if is_one(getattr(agc_triton, name))}
-        assert public
-        assert {f"agc_triton.{name}" for name in public} <= set(inventory[f"py:{kind}"])
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    assert {f"agc_triton.{name}" for name in agc_triton.__all__} <= documented(site)
 
 
-def test_what_optimizers_have_in_common_is_in_the_reference(
-    inventory: dict[str, dict[str, Any]],
-) -> None:
-    found = {name for kind in inventory if kind.startswith("py:") for name in inventory[kind]}
+def test_what_optimizers_have_in_common_is_in_the_reference(site: Path) -> None:
     where = f"{AGCOptimizer.__module__}.AGCOptimizer."
     public = {name for name in vars(AGCOptimizer) if not name.startswith("_")} - {"rule"}
     assert {"step", "explain", "skipped_units", "backend"} <= public
-    assert {where + name for name in public} <= found
+    assert {where + name for name in public} <= documented(site)
 
 
 def test_broken_links_are_errors(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Title\n\n[a](docs/b.md) [c](#d) ![e](f.png)\n")
     done = build(tmp_path, tmp_path / "out")
     assert done.returncode != 0
-    for target in ("docs/b.md", "d", "f.png"):
-        assert f"'{target}'" in done.stderr or f" {target}" in done.stderr
+    for complaint in ("'docs/b.md'", "'d'", "not readable: f.png"):
+        assert complaint in done.stderr
