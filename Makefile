@@ -6,12 +6,12 @@ INSTALLED := $(VENV)/.installed
 INTEGRATIONS := .venv-integrations
 INTEGRATIONS_INSTALLED := $(INTEGRATIONS)/.installed
 
-.PHONY: bench coverage demo mutations picture soak test test-gpu test-integrations
+.PHONY: bench build coverage demo docs lint mutations picture soak test test-gpu test-integrations types
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[bench,test]'
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[bench,docs,release,test]'
 	touch $@
 
 # Trains a small normalizer-free network with and without AGC, then measures a step on NFNet-F0.
@@ -23,12 +23,26 @@ demo: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks.throughput --plot
 
-test: $(INSTALLED)
+lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
+	$(PYTHON) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/lint-imports
+
+types: $(INSTALLED)
+	$(PYTHON) -m mypy
+
+test: lint types
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
+
+# README, docs/ and the API reference, in build/site; a broken link is an error.
+docs: $(INSTALLED)
+	$(PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees -c docs . build/site
+
+# The wheel and the sdist, in dist/.
+build: $(INSTALLED)
+	rm -rf dist
+	$(PYTHON) -m build --outdir dist
 
 $(INTEGRATIONS_INSTALLED): pyproject.toml setup.py constraints-integrations.txt
 	python3 -m venv $(INTEGRATIONS)

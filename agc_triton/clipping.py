@@ -30,16 +30,20 @@ from agc_triton.validation import (
 def unitwise_norm(tensor: Tensor, unit_dim: UnitDim = None) -> Tensor:
     """L2 norm of each unit, shaped to broadcast against ``tensor``.
 
+    Units are those of Brock et al. 2021 (arXiv 2102.06171, equation 3): rows of a matrix, output
+    channels of a convolution, whole biases and gains.
+
     Args:
-        tensor: real or complex, any shape.
+        tensor: of any shape and any real or complex floating dtype.
         unit_dim: as in `agc_triton.AdamW_AGC`.
 
     Returns:
-        fp32 (fp64 for fp64 input); every dimension that does not index units has size 1, and one
-        that is cut into parts its own size.
+        dtype fp32 (fp64 for fp64 and complex128); every dimension that does not index units has
+        size 1, and one that is cut into parts its own size.
 
     Raises:
-        TypeError, ValueError: ``unit_dim`` is none, or does not fit the shape.
+        TypeError: ``unit_dim`` is not one.
+        ValueError: ``unit_dim`` does not fit the shape.
     """
     return spread(unit_norms(tensor, unit_dim), tensor.shape, unit_dim)
 
@@ -61,7 +65,8 @@ def adaptive_clip_grad_(
     NaN; of one with inf that becomes NaN and the rest zero.
 
     Args:
-        parameters: a tensor or an iterable of tensors.
+        parameters: a tensor or an iterable of tensors, of any shape and any real or complex
+            floating dtype; gradients may have another. Norms are fp32, of fp64 parameters fp64.
         clipping, agc_eps, unit_dim, backend: as in `agc_triton.AdamW_AGC`.
         ratios: a list that is filled with ||g|| / max(||w||, agc_eps) of each unit before clipping:
             per parameter an fp32 tensor shaped as its `unitwise_norm`, on its device, or None where
@@ -69,7 +74,8 @@ def adaptive_clip_grad_(
             are those on this rank.
 
     Raises:
-        TypeError, ValueError: no tensors, or an option of the wrong type or out of range.
+        TypeError: something is not a tensor, or an option is of the wrong type.
+        ValueError: an option is out of range.
         RuntimeError: a gradient that cannot be clipped; none has been changed then.
     """
     check_backend(backend)

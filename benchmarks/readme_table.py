@@ -1,4 +1,6 @@
-"""Writes README.md's tables of step times, and their picture, from the CSVs in benchmarks/results.
+"""Writes the tables of step times, and their picture, from the CSVs in benchmarks/results.
+
+The GPUs' table is in README.md, the CPUs' in docs/benchmarks.md.
 
 python -m benchmarks.readme_table
 """
@@ -15,7 +17,7 @@ import pandas as pd
 from benchmarks.lib import plots
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = {"GPU": ROOT / "README.md", "CPU": ROOT / "docs" / "benchmarks.md"}
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- python -m benchmarks.readme_table: {} -->"
 END = "<!-- end of the table -->"
@@ -40,7 +42,8 @@ GPU_COLUMNS = {
 
 def main() -> None:
     """Put the tables between the markers, and draw the picture."""
-    README.write_text(with_tables(README.read_text()))
+    for which, page in PAGES.items():
+        page.write_text(with_tables(page.read_text(), which))
     _, on_gpus = committed()
     plots.gpu_step_times(gpu_rows(on_gpus), list(GPU_COLUMNS.values()), PICTURE)
 
@@ -52,14 +55,16 @@ def committed() -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
     return [csv for csv in csvs if csv["head_start_ms"].isna().all()], on_gpus
 
 
-def with_tables(text: str) -> str:
-    """The text with what is between the markers replaced by the tables of each CSV."""
+def with_tables(text: str, which: str) -> str:
+    """The text with what is between the markers replaced: "GPU", one table; "CPU", one a machine.
+
+    Raises:
+        ValueError: the text does not have the markers once.
+    """
     on_cpus, on_gpus = committed()
-    text = _between(text, "CPU", [markdown(rows) for csv in on_cpus for rows in tables(csv)])
-    return _between(text, "GPU", [gpu_markdown(gpu_rows(on_gpus))] if on_gpus else [])
-
-
-def _between(text: str, which: str, found: list[str]) -> str:
+    found = [markdown(rows) for csv in on_cpus for rows in tables(csv)]
+    if which == "GPU":
+        found = [gpu_markdown(gpu_rows(on_gpus))] if on_gpus else []
     begin = BEGIN.format(which)
     before, rest = text.split(begin)
     _, after = rest.split(END, maxsplit=1)

@@ -21,7 +21,9 @@ NEEDED = {
     "benchmarks": ("matplotlib", "pandas", "sklearn", "tqdm"),
     "gpu/test_benchmarks.py": ("matplotlib", "pandas", "tqdm"),
     "meta": ("grimp", "importlinter", "pandas"),
+    "meta/test_site.py": ("furo", "myst_parser", "sphinx"),
     "meta/test_typing.py": ("basedpyright", "mypy"),
+    "meta/test_workflows.py": ("yaml",),
     "test_explain.py": ("pandas",),
     "triton_path/test_buckets.py": ("pandas",),
 }

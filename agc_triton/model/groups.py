@@ -36,9 +36,9 @@ def param_groups(
     ``unit_dim`` follows the layer type: 1 for ConvTransposeNd, which stores (in, out, ...), and
     ((0, groups), 1) where it has groups, unless it is depthwise; 1 for transformers' Conv1D; 0 for
     all others. Biases, gains, scalars, norms and what the model's own ``no_weight_decay()`` names,
-    in timm, are not decayed. Shared parameters appear once, frozen ones not at all. Names are those
-    of the model inside DistributedDataParallel and torch.compile; what `fully_shard` has gathered
-    is sharded again.
+    in timm, are not decayed. Parameters may have any shape and dtype; shared ones appear once,
+    frozen ones not at all. Names are those of the model inside DistributedDataParallel and
+    torch.compile; what `fully_shard` has gathered is sharded again.
 
     Args:
         model: any module; its parameters must be initialized.
@@ -69,7 +69,7 @@ def param_groups(
         options set for them.
 
     Raises:
-        TypeError: a model, group or selector that is none.
+        TypeError: something is not a model, group or selector.
         ValueError: a selector that matches nothing, a head that cannot be told, an uninitialized
             parameter, a misspelt option of a group, or nothing to train.
     """

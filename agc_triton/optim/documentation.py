@@ -10,6 +10,8 @@ from typing import Any
 _AGC_DOC = """
     Each unit's gradient norm is held to ``clipping * max(||w||, agc_eps)`` (Brock et al. 2021,
     arXiv 2102.06171, equation 3) before any weight decay is added; ``.grad`` itself is not changed.
+    Parameters have any shape and any real or complex floating dtype (the kernels take fp16, bf16,
+    fp32 and fp64); norms are fp32, of fp64 parameters fp64.
     Groups, state and checkpoints are those of the torch.optim class; groups may set ``clipping``,
     ``agc_eps`` and ``unit_dim``.
 

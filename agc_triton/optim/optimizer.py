@@ -47,12 +47,14 @@ class AGCOptimizer(ClipTracking, Optimizer):
 
     rule: ClassVar[Rule]
     backend = CheckedOption(_check_backend, "auto")
+    """``"auto"``, ``"triton"`` or ``"torch"``; may be set between steps, and is checked then."""
     nonfinite = CheckedOption(lambda _, value: check_nonfinite(value), "propagate")
+    """``"propagate"``, ``"skip_unit"`` or ``"raise"``; may be set between steps as well."""
     _constructing = False
 
-    # Set it to False and GradScaler unscales `.grad` before each step, whatever path that takes:
-    # for clipping by another package, which has to see what the gradients are.
     takes_scaled_grads: bool = True
+    """Set it to False and GradScaler unscales ``.grad`` before each step, whatever path that takes:
+    for clipping by another package, which has to see what the gradients are."""
 
     def __init_subclass__(cls) -> None:
         """Show torch's arguments and ours in help() and inspect.signature()."""

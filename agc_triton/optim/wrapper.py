@@ -38,6 +38,8 @@ def _check_nonfinite(_: Any, nonfinite: str) -> None:
 class AGC(ClipTracking, Optimizer):
     """Clips ``.grad`` unit by unit, in place, before every update of another optimizer.
 
+    Limits, shapes and dtypes are those of `agc_triton.adaptive_clip_grad_` (Brock et al. 2021,
+    arXiv 2102.06171, equation 3).
     ``param_groups``, ``state``, ``defaults``, hooks and checkpoints are the base's own, so
     schedulers, GradScaler and `state_dict` work on either. The settings below are written into the
     base's groups where a group does not have its own. Row-sparse gradients of rank-2 parameters are

@@ -1,4 +1,4 @@
-"""README.md's table is that of the committed results."""
+"""The tables of README.md and docs/benchmarks.md are those of the committed results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from benchmarks import readme_table
 from benchmarks.lib import plots
 
 
-def test_readme_has_the_committed_figures() -> None:
-    text = readme_table.README.read_text()
+@pytest.mark.parametrize("which", readme_table.PAGES)
+def test_pages_have_the_committed_figures(which: str) -> None:
+    text = readme_table.PAGES[which].read_text()
     assert list(readme_table.RESULTS.glob("*/throughput.csv"))
-    assert readme_table.with_tables(text) == text
+    assert readme_table.with_tables(text, which) == text
 
 
 def readme_rows(**common: Any) -> pd.DataFrame:
@@ -77,15 +78,13 @@ def test_readme_tables_come_from_throughput_alone(
         rows.to_csv(tmp_path / machine / "throughput.csv")
     for other in ("a/host-cost", "b/scaling", "kernels-triton-9.9", "throughput"):
         readme_rows(device=other).to_csv(tmp_path / f"{other}.csv")
-    begin = {which: readme_table.BEGIN.format(which) for which in ("GPU", "CPU")}
-    gpus = f"before\n{begin['GPU']}\nold\n{readme_table.END}\n"
-    text = f"{gpus}between\n{begin['CPU']}\nold\n{readme_table.END}\nafter"
-    table = "\n".join([HEADING, *TABLE])
-    expected = (
-        f"before\n{begin['GPU']}\n\n{readme_table.END}\nbetween\n"
-        f"{begin['CPU']}\n\n{table}\n\n{readme_table.END}\nafter"
-    )
-    assert readme_table.with_tables(text) == expected
+    table = "\n\n" + "\n".join([HEADING, *TABLE])
+    for which, expected in {"GPU": "", "CPU": table}.items():
+        begin = readme_table.BEGIN.format(which)
+        text = f"before\n{begin}\nold\n{readme_table.END}\nafter"
+        assert readme_table.with_tables(text, which) == (
+            f"before\n{begin}{expected}\n\n{readme_table.END}\nafter"
+        )
 
 
 def gpu_rows() -> pd.DataFrame:

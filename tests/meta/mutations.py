@@ -59,10 +59,11 @@ def read_faults() -> list[Fault]:
 
 @contextmanager
 def copy_of_tree() -> Iterator[Path]:
-    """A temporary copy of what the tests need, without caches and hidden files."""
+    """A temporary copy of what the tests need, without history, environments and caches."""
+    hidden = (".git", ".venv*", ".coverage", ".hypothesis", ".*_cache")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
-        ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out")
+        ignored = shutil.ignore_patterns(*hidden, "__pycache__", "*.egg-info", "build", "out")
         shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
         yield tree
 

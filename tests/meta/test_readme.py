@@ -1,4 +1,7 @@
-"""The README's examples run as they stand, one after the other, and do what is said of them."""
+"""The README's examples run as they stand, one after the other, and so do those that go on there.
+
+What is said of them is true, and links lead somewhere.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,20 @@ import pytest
 import torch
 
 from agc_triton import adaptive_clip_grad_
+from tests.support.markdown import PAGES, ROOT, examples, links, run_examples
 from tests.support.tensors import same
 
-README = Path(__file__).parents[2] / "README.md"
+README = (ROOT / "README.md").read_text()
+CHECKPOINTS = (ROOT / "docs" / "checkpoints.md").read_text()
 
 
-def run_examples(last: str) -> dict[str, Any]:
-    """The names there are after the examples up to the one that holds a text."""
-    names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
-        exec(block, names)
-        if last in block:
-            return names
-    raise ValueError(f"no example holds {last!r}")
+def names_of_readme() -> dict[str, Any]:
+    return run_examples(README, {})
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_the_share_of_units_clipped_is_that_of_units_changed(scale: float) -> None:
-    names = run_examples("def clipped_share")
+    names = names_of_readme()
     (model, optimizer), changed, units = (names["model"], names["optimizer"]), 0, 0
     (scale * model(torch.randn(8, 10)).square().mean()).backward()
     share = names["clipped_share"](optimizer)
@@ -44,18 +43,60 @@ def test_the_share_of_units_clipped_is_that_of_units_changed(scale: float) -> No
 
 
 def test_a_checkpoint_of_one_group_goes_into_those_of_param_groups() -> None:
-    names = run_examples("def clipped_share")
+    names = names_of_readme()
     model, optimizer = names["model"], names["optimizer"]
     theirs = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(8, 10)).square().mean().backward()
     theirs.step()
     saved = copy.deepcopy(theirs.state_dict())
-    (recipe,) = re.findall(r"```python\nold = .*?\n(.*?)```", README.read_text(), re.DOTALL)
-    exec(recipe, {**names, "old": saved})
+    (recipe,) = examples(CHECKPOINTS)
+    first, _, others = recipe.partition("\n")
+    assert first.startswith("old = ")
+    exec(others, {**names, "old": saved})
     for p in model.parameters():
         assert same(optimizer.state[p], theirs.state[p])
 
 
-def test_all_examples_run() -> None:
-    names = run_examples("optimizer.load_state_dict(state)")
-    assert not names["optimizer"].state
+@pytest.mark.parametrize("page", ["groups", "checkpoints"])
+def test_examples_that_go_on_from_the_readme_run(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    assert examples(text)
+    assert not run_examples(text, names_of_readme())["optimizer"].state
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 250
+
+
+def slug(heading: str) -> str:
+    """The fragment of a link to a heading, on GitHub and in the site."""
+    return re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def broken(page: Path) -> list[str]:
+    """Relative links of a page that lead to no file, or to no heading of one."""
+    found = []
+    for link in links(page.read_text()):
+        if link.startswith(("https://", "mailto:")):
+            continue
+        path, _, fragment = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.is_file():
+            found.append(link)
+        elif fragment:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            found += [link] * (fragment not in map(slug, headings))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
+    assert broken(page) == []
+
+
+def test_links_that_lead_nowhere_are_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A (b) `c`\n[1](page.md#a-b-c) ![2](no.png) [3](#d)\n`[4](no.md)` [5](https://e.f)"
+    )
+    assert broken(page) == ["no.png", "#d"]

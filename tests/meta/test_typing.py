@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import agc_triton
-from tests.support.optimizers import NAMES, PAIRS
+from tests.support.optimizers import NAMES
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,11 +82,3 @@ def test_what_checkers_are_told_is_what_the_classes_take(name: str) -> None:
     assert told == {key: parameter.default for key, parameter in taken.items()}
     by_name = {key for key, parameter in taken.items() if parameter.kind is parameter.KEYWORD_ONLY}
     assert by_name == {argument.arg for argument in args.kwonlyargs}
-
-
-@pytest.mark.parametrize("cls", PAIRS)
-def test_help_describes_all_arguments(cls: Any) -> None:
-    documented = inspect.getdoc(PAIRS[cls])
-    assert documented is not None
-    for key in inspect.signature(PAIRS[cls]).parameters:
-        assert f"\n    {key} (" in documented or f"\n    {key}: " in documented, key

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-RECIPES = Path(__file__).parents[2] / "docs" / "integrations.md"
+from tests.support.markdown import ROOT, run_examples
+
+RECIPES = ROOT / "docs" / "integrations.md"
 
 
 def sections() -> list[str]:
@@ -25,9 +26,7 @@ def run_recipe(heading: str, **names: Any) -> dict[str, Any]:
         re.DOTALL | re.MULTILINE,
     )
     known: dict[str, Any] = {"criterion": nn.functional.cross_entropy, **names}
-    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
-        exec(block, known)
-    return known
+    return run_examples(section, known)
 
 
 def network(device: str = "cpu") -> nn.Sequential:
