@@ -265,7 +265,8 @@ def test_the_signature_is_torchs_and_then_ours(cls: Any) -> None:
     assert ours[: len(theirs)] == theirs
     added = {p.name: p.default for p in ours[len(theirs) :]}
     agc = {"clipping": 1e-2, "agc_eps": 1e-3, "unit_dim": None}
-    assert added == {**agc, "backend": "auto", "nonfinite": "propagate"}
+    whole = {"backend": "auto", "nonfinite": "propagate", "track_clipping": 0}
+    assert added == {**agc, **whole}
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 

@@ -17,6 +17,7 @@ from tests.support.guards import Guarded
 from tests.support.optimizers import build
 from tests.support.oracle import Oracle
 from tests.support.places import DEVICE, Place
+from tests.support.ratios import check_ratios, latest, ratios_of
 from tests.support.tensors import GRAD_LAYOUTS, grad_like, same, weight
 from tests.support.training import Training, options_of
 
@@ -72,6 +73,7 @@ class Loop(Training):
         self.given = {
             "backend": backend,
             "nonfinite": self.draw(["propagate", "skip_unit", "raise"]),
+            "track_clipping": self.draw([0, 1, 2]),
         }
         # torch's foreach SGD, which steps groups without clipping, writes to .grad with Nesterov.
         if backend == "torch" and name != "SGD":
@@ -154,12 +156,26 @@ class Loop(Training):
         for param in self.params:
             value, state = self.kept[param]
             assert same((param.detach(), self.optimizer.state.get(param, {})), (value, state))
+        number = self.optimizer._recorder.next(skip=False, capturing=False).number
         super().step()
+        self._check_ratios(number)
         for param in self.params:
             state = {k: x.clone() for k, x in self.optimizer.state.get(param, {}).items()}
             self.kept[param] = param.detach().clone(), state
         for guard in (*self.homes.values(), *self.left):
             guard.assert_intact()
+
+    def _check_ratios(self, number: int | None) -> None:
+        """What a step of this number has recorded, if it was tracked, of what has a gradient."""
+        records = iter(latest(self.optimizer, self.params))
+        for group in self.groups:
+            for param, record in zip(group["params"], records, strict=False):
+                if number is not None and param.grad is not None and param.numel():
+                    value, _ = self.kept[param]
+                    options = group["unit_dim"], group["agc_eps"]
+                    check_ratios(record, ratios_of(value, param.grad, *options), number)
+                elif record is not None:
+                    assert record.number != number
 
     def some(self) -> list[Tensor]:
         """One of the parameters, or all of them."""
