@@ -238,7 +238,11 @@ def _check_finite(work: Work, found_inf: Tensor | None, capturing: bool) -> None
         )
     # GradScaler's overflows are a matter of course, and skip the step anyway.
     if found_inf is None or not found_inf.item():
-        check_finite(work.groups)
+        check_finite(
+            work.groups,
+            "nothing has been updated: leave this batch out, lower the learning rate, or use"
+            " nonfinite='skip_unit'",
+        )
 
 
 @contextmanager

@@ -70,8 +70,10 @@ def agreed(found_inf: Tensor | None, ranks: Sequence[Any]) -> Tensor | None:
     return found_inf
 
 
-def check_finite(groups: Sequence[Mapping[str, Any]]) -> None:
+def check_finite(groups: Sequence[Mapping[str, Any]], remedy: str) -> None:
     """Check all elements of all gradients, with one wait per device; ranks agree about DTensors'.
+
+    ``remedy`` ends the message: what has happened and what to do.
 
     Raises:
         RuntimeError: one is NaN or infinite, on every rank that has a part of any of them.
@@ -100,8 +102,7 @@ def check_finite(groups: Sequence[Mapping[str, Any]]) -> None:
                 raise RuntimeError(
                     f"the gradient of {tensor_name(groups[index], index, i)} holds"
                     f" {'NaN' if nan else 'inf'}{f' on rank {where}' if ranks else ''} and"
-                    " nonfinite='raise'; nothing has been updated: leave this batch out, lower the"
-                    " learning rate, or use nonfinite='skip_unit'"
+                    f" nonfinite='raise'; {remedy}"
                 )
 
 

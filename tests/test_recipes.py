@@ -11,6 +11,7 @@ from torch import nn
 
 from agc_triton import AdamW_AGC, param_groups
 from tests.support.bases import SAM, Lookahead
+from tests.support.optimizers import needs_muon
 from tests.support.places import DEVICE
 from tests.support.recipes import batches_of, loss_of, network, run_recipe
 from tests.support.tensors import same
@@ -18,7 +19,12 @@ from tests.support.tensors import same
 BATCHES = batches_of(8, DEVICE)
 
 
-@pytest.mark.parametrize("heading", ["SAM", "Lookahead", "Averages of weights: EMA and SWA"])
+TRAINING = ["SAM", "Lookahead", "Averages of weights: EMA and SWA", "LBFGS"]
+
+
+@pytest.mark.parametrize(
+    "heading", [*TRAINING, pytest.param("Muon and Adafactor", marks=needs_muon)]
+)
 def test_it_trains(heading: str) -> None:
     model = network(DEVICE)
     before = loss_of(model, BATCHES)
@@ -61,3 +67,31 @@ def test_steps_in_backward_are_those_of_the_usual_loop() -> None:
     assert len(names["optimizers"]) == len(list(model.parameters()))
     for ours, theirs in zip(model.parameters(), usual.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@needs_muon
+def test_muon_has_the_hidden_matrices_and_adamw_the_rest() -> None:
+    model = network(DEVICE)
+    names = run_recipe("Muon and Adafactor", model=model, batches=BATCHES)
+    assert names["muon"].state.keys() == {model[0].weight}
+    assert names["adamw"].state.keys() == set(model.parameters()) - {model[0].weight}
+    assert {group["clipping"] for group in names["muon"].param_groups} == {0.02}
+
+
+def test_lbfgs_with_its_head_unclipped() -> None:
+    model = network(DEVICE)
+    names = run_recipe("LBFGS", model=model, batches=BATCHES)
+    assert {*map(id, names["clipped"])} == {
+        id(p) for p in (*model[0].parameters(), *model[1].parameters())
+    }
+    assert names["plain"].state[model[0].weight]["func_evals"] > len(BATCHES)
+
+
+def test_sparse_rows_train_with_the_rest() -> None:
+    model, embedding = network(DEVICE), nn.Embedding(5, 4, sparse=True, device=DEVICE)
+    batches = [(labels, labels) for _, labels in BATCHES]
+    before = embedding.weight.detach().clone()
+    loss = loss_of(nn.Sequential(embedding, model), batches)
+    run_recipe("Sparse embeddings", model=model, embedding=embedding, batches=batches)
+    assert loss_of(nn.Sequential(embedding, model), batches) < loss
+    assert (before != embedding.weight).any(dim=1).tolist() == [True] * 3 + [False] * 2

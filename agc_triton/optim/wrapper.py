@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import itertools
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -13,6 +13,14 @@ from agc_triton.clipping import clip_groups_
 from agc_triton.dispatch import Clipper
 from agc_triton.nonfinite import check_finite, check_nonfinite
 from agc_triton.optim.attributes import CheckedOption
+from agc_triton.optim.bases import (
+    check_base,
+    check_closure,
+    check_layouts,
+    check_steppable,
+    steps_as_torch,
+)
+from agc_triton.optim.by_position import by_name
 from agc_triton.optim.groups import check_keys, name_unnamed
 from agc_triton.optim.optimizer import AGC_EPS, CLIPPING, AGCOptimizer, Loss
 from agc_triton.optim.tracking import ClipTracking
@@ -22,8 +30,12 @@ from agc_triton.tracking import Recorder
 from agc_triton.units import UnitDim
 from agc_triton.validation import check_group
 
-# Of sharpness-aware optimizers, which step on weights that they have moved: nothing calls `step`.
-_OTHER_STEPS = ("first_step", "second_step", "perturb_weights")
+# What to do about a gradient that is not finite; of no use here is what knows units.
+_REMEDY = "nothing has been updated: leave this batch out or lower the learning rate"
+_MOVED = (
+    "the base may have moved the weights since the first evaluation of this step: go on from a"
+    " checkpoint with a lower learning rate"
+)
 
 
 def _check_nonfinite(_: Any, nonfinite: str) -> None:
@@ -79,10 +91,10 @@ class AGC(ClipTracking, Optimizer):
             raise TypeError(f"AGC wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if isinstance(optimizer, (AGC, AGCOptimizer)):
             raise TypeError(f"{type(optimizer).__name__} already clips; use it as it is")
-        _check_base(optimizer)
+        check_base(optimizer)
         options = {"clipping": clipping, "agc_eps": agc_eps, "unit_dim": unit_dim}
         if positional:
-            options |= _named(positional, options)
+            options |= by_name(positional, options)
         self.backend, self.nonfinite = backend, nonfinite
         for index, group in enumerate(optimizer.param_groups):
             check_keys(group, index, self._own, optimizer.defaults)
@@ -105,22 +117,28 @@ class AGC(ClipTracking, Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clip, then step the base; with a closure, clip after each of the base's evaluations.
 
+        Gradients are clipped against the weights at which they were evaluated.
+
         Raises:
-            RuntimeError: a gradient that cannot be clipped, or with ``nonfinite="raise"`` one that
-                is not finite; nothing has been changed then. Or the base has stepped without
-                calling its hooks.
+            RuntimeError: a gradient that cannot be clipped or that the base, if it is torch's, does
+                not take, or with ``nonfinite="raise"`` one that is not finite; nothing has been
+                changed then, but where the base has evaluated before in the same step (LBFGS). Or
+                the base has stepped without calling its hooks.
+            TypeError: the base needs a closure.
         """
         if closure is not None:
+            evaluations = itertools.count()
 
             def clipped_closure() -> Any:
                 loss = closure()
-                self._clip()
+                self._clip(next(evaluations))
                 return loss
 
             # torch's own evaluate first; others may use what there is before they do.
-            if not type(self.optimizer).step.__module__.startswith("torch.optim."):
+            if not steps_as_torch(self.optimizer):
                 self._clip(stale=True)
             return self.optimizer.step(clipped_closure)
+        check_closure(self.optimizer)
         # Nothing calls the hooks of an optimizer that does without torch's constructor, as some do
         # that wrap another.
         if not getattr(type(self.optimizer).step, "hooked", False):
@@ -142,14 +160,15 @@ class AGC(ClipTracking, Optimizer):
         return loss
 
     @torch.no_grad()
-    def _clip(self, stale: bool = False) -> None:
+    def _clip(self, evaluation: int = 0, stale: bool = False) -> None:
         """Clip in place; ``stale`` gradients, of the last evaluation maybe, need not be finite."""
         self._fill_groups()
         check_levels(self.param_groups, self._own, self.defaults)
         for index, group in enumerate(self.param_groups):
             _check_group(group, index)
+        check_layouts(self.optimizer)
         if self.nonfinite == "raise" and not stale:
-            check_finite(self.param_groups)
+            check_finite(self.param_groups, _REMEDY if evaluation == 0 else _MOVED)
         clip_groups_(self.param_groups, self.backend, self._clipper)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -161,8 +180,10 @@ class AGC(ClipTracking, Optimizer):
         check_keys(param_group, len(self.param_groups), self._own, self.defaults)
         name_unnamed(param_group, self.param_groups)
         self.optimizer.add_param_group(param_group)
+        index = len(self.param_groups) - 1
         try:
-            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            check_steppable(self.optimizer, self.param_groups[-1], index)
+            _check_group(self.param_groups[-1], index)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -263,45 +284,3 @@ class AGC(ClipTracking, Optimizer):
 
 def _check_group(group: dict[str, Any], index: int) -> None:
     check_group(group, index, units=bool(group["clipping"]))
-
-
-def _check_base(optimizer: Optimizer) -> None:
-    """Check that what is wrapped has what AGC needs, and that all its updates are seen.
-
-    Raises:
-        TypeError: it has not, or they are not.
-    """
-    called = type(optimizer).__name__
-    for name in ("param_groups", "defaults"):
-        if not hasattr(optimizer, name):
-            raise TypeError(
-                f"{called} has no {name}, which AGC writes its settings to; wrap the inner"
-                " optimizer instead"
-            )
-    if others := [name for name in _OTHER_STEPS if hasattr(optimizer, name)]:
-        raise TypeError(
-            f"{called} updates in {' and '.join(others)} as well as in step, and AGC would not clip"
-            f" there; give it a base that clips: {called}(params, agc_triton.SGD_AGC, ...)"
-        )
-
-
-def _named(positional: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Options given by position, by name.
-
-    Raises:
-        TypeError: there are more than three, or one is given by name as well.
-    """
-    usual = {"clipping": CLIPPING, "agc_eps": AGC_EPS, "unit_dim": None}
-    if len(positional) > len(usual):
-        raise TypeError(f"AGC takes an optimizer and options by name, not {positional}")
-    named = dict(zip(usual, positional, strict=False))
-    for key in named:
-        if options[key] != usual[key]:
-            raise TypeError(f"AGC got two values for {key}, one of them by position")
-    instead = ", ".join(f"{key}={value!r}" for key, value in named.items())
-    warnings.warn(
-        f"AGC's options by position are deprecated; write AGC(optimizer, {instead})",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return named

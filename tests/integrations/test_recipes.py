@@ -22,6 +22,7 @@ from tests.support.recipes import batches_of, loss_of, network, run_recipe, sect
 
 OTHERS = {"timm", "timm's factory", "Lightning", "transformers", "Accelerate"}
 PLAIN = {"Averages of weights: EMA and SWA", "LR finder", "SAM", "Lookahead"}
+PLAIN |= {"Muon and Adafactor", "LBFGS", "Sparse embeddings", "Optimizer in backward"}
 BATCHES = batches_of(8)
 
 
@@ -38,7 +39,7 @@ def unclipped(optimizer: Any, model: nn.Module) -> set[str]:
 
 
 def test_every_recipe_has_a_test() -> None:
-    assert set(sections()) == OTHERS | PLAIN | {"Optimizer in backward"}
+    assert set(sections()) == OTHERS | PLAIN
 
 
 def test_timm() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
@@ -20,6 +21,8 @@ NAMES = ("SGD", "Adam", "AdamW", "RMSprop")
 EACH_RULE = ("SGD", "AdamW", "RMSprop")
 CLIPPING = 0.05  # about half of the units that tests have are over it
 TRITON: Kwargs = {"clipping": CLIPPING, "backend": "triton"}
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 
 # Learning rates are large: an update as large as its parameter hides no error behind it.
 ADAMW: Kwargs = {"lr": 0.5, "weight_decay": 0.1}

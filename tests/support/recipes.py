@@ -25,7 +25,7 @@ def run_recipe(heading: str, **names: Any) -> dict[str, Any]:
         RECIPES.read_text(),
         re.DOTALL | re.MULTILINE,
     )
-    known: dict[str, Any] = {"criterion": nn.functional.cross_entropy, **names}
+    known: dict[str, Any] = {"criterion": nn.functional.cross_entropy, "torch": torch, **names}
     return run_examples(section, known)
 
 
