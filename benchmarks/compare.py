@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.lib.arguments import add_device, check_file, parser_of, positive
+from benchmarks.lib.arguments import add_device, check_file, named_folder, parser_of, positive
 from benchmarks.lib.compare.grid import GRIDS, MIDDLE_LR, Run, all_runs
 from benchmarks.lib.compare.jobs import Task, perform_all
 from benchmarks.lib.compare.log import Log, LogError
@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=named_folder,
         metavar="NAME[=FOLDER]",
-        help=f"{', '.join(NAMES)}; all but digits lie in a folder",
+        help=f"{', '.join(NAMES)}; all but digits and synthetic lie in a folder",
     )
     for name, options in SETTINGS.items():
         parser.add_argument(f"--{name}", **options)
@@ -97,14 +97,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=OUT, help=f"default: {OUT}")
     parser.add_argument("--resume", action="store_true", help="go on with the CSV")
     return parser
-
-
-def named_folder(text: str) -> tuple[str, Path | None]:
-    """Data and where they lie."""
-    name, _, folder = text.partition("=")
-    if name not in NAMES:
-        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(NAMES)}")
-    return name, Path(folder) if folder else None
 
 
 def runs_of(args: argparse.Namespace) -> list[Run]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.lib.data.catalog import NAMES
+
 
 def parser_of(command: str, description: str | None) -> ArgumentParser:
     """A parser for ``python -m benchmarks.COMMAND``, which is described by its docstring."""
@@ -23,6 +25,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text} is no whole number above 0")
     return int(text)
+
+
+def named_folder(text: str) -> tuple[str, Path | None]:
+    """Data and where they lie."""
+    name, _, folder = text.partition("=")
+    if name not in NAMES:
+        raise ArgumentTypeError(f"{name} is none of {', '.join(NAMES)}")
+    return name, Path(folder) if folder else None
 
 
 def device(text: str) -> str:

@@ -84,3 +84,15 @@ def test_images_are_resized_by_the_mean_of_their_areas(tmp_path: Path) -> None:
 def test_a_folder_is_asked_for(name: str) -> None:
     with pytest.raises(DataError, match=f"--data {name}=FOLDER"):
         load(name, None, 0, 0, ON)
+
+
+def test_synthetic_images_are_of_their_classes() -> None:
+    data = load("synthetic", None, 0, 0, ON)
+    assert (len(data.train), len(data.test)) == (3584, 512)
+    images, labels = data.train.pick(torch.arange(3584))
+    pictures = torch.stack([images[labels == c].float().mean(0) for c in range(10)]).flatten(1)
+    tests, of_tests = data.test.pick(torch.arange(512))
+    nearest = torch.cdist(tests.float().flatten(1), pictures).argmin(1)
+    assert (nearest == of_tests).float().mean() > 0.95
+    again = load("synthetic", None, 0, 0, ON).train.pick(torch.arange(3584))[0]
+    assert torch.equal(images, again)

@@ -22,7 +22,8 @@ RANKS = 2
 TIMEOUT = timedelta(minutes=2)  # where one rank fails and the others wait for it
 
 # Imported once, by the process that all ranks are forked from.
-PRELOAD = ["torch.distributed.fsdp", "examples.train_sharded", "tests.support.ranks"]
+PRELOAD = ["torch.distributed.fsdp", "examples.train", "examples.train_sharded"]
+PRELOAD += ["tests.support.ranks"]
 
 
 def _run(rank: int, work: Callable[[int], Any], folder: str, ranks: int) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.lib.data import cifar, digits, folder, idx
+from benchmarks.lib.data import cifar, digits, folder, idx, synthetic
 from benchmarks.lib.data.sets import DataError, Dataset, Held, Images, Read, with_statistics
 
 # Where Debian's package dataset-fashion-mnist puts it.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "images")
+NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "images", "synthetic")
 PIXELS = 224  # of images in folders, which have no size of their own
 
 
@@ -34,6 +34,8 @@ def load(name: str, place: Path | None, images: int, pixels: int, on: torch.devi
 def _read(name: str, place: Path | None, pixels: int, on: torch.device) -> Read:
     if name == "digits":
         return digits.read()
+    if name == "synthetic":
+        return synthetic.read()
     if name == "fashion-mnist":
         return idx.read(place or FASHION_MNIST, flip=True)
     if place is None:
