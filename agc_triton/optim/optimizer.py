@@ -70,10 +70,15 @@ class AGCOptimizer(ClipTracking, Optimizer):
         super().__init_subclass__()
         if "rule" not in vars(cls):  # a user's subclass speaks for itself
             return
-        torchs = next(base for base in cls.__bases__ if not issubclass(base, AGCOptimizer))
+        torchs = cls.torch_class()
         signature = merged_signature(torchs.__init__, AGCOptimizer.__init__)
         cls.__signature__ = signature  # type: ignore[attr-defined]  # inspect's own
         cls.__doc__ = documented(cls.__doc__, torchs.__doc__)
+
+    @classmethod
+    def torch_class(cls) -> Any:
+        """The class that this one clips in front of."""
+        return next(base for base in cls.__bases__ if not issubclass(base, AGCOptimizer))
 
     def __init__(
         self,

@@ -13,7 +13,8 @@ from agc_triton import adaptive_clip_grad_
 from agc_triton.torch_path import blocks
 from tests.support.checks import check_steps, states_of, step_with
 from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, STATEFUL_CASES, build
-from tests.support.oracle import AGC, Oracle, as_float64, assert_within, clip, exact
+from tests.support.oracle import AGC, Oracle, assert_within, clip
+from tests.support.rounded import as_float64, exact
 from tests.support.tensors import grad_like, grads_like, in_order, weight
 from tests.support.tolerances import TOLERANCES
 

@@ -14,9 +14,10 @@ from agc_triton import adaptive_clip_grad_
 from agc_triton.norms import norm_dtype
 from tests.support.checks import check_clipped, oracle_for, states_of, step_and_check, step_with
 from tests.support.optimizers import CLIPPING, NAMES, Kwargs, build
-from tests.support.oracle import Rounded, assert_within
+from tests.support.oracle import assert_within
 from tests.support.places import DEVICE, KERNELS, Place
 from tests.support.plans import tile_shapes
+from tests.support.rounded import Rounded
 from tests.support.tensors import grad_like, same
 
 # numpy, which the interpreter computes with, warns of squares that overflow.
