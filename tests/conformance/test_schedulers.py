@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
+from torch.optim import SGD, Optimizer, RMSprop, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from agc_triton import AGC
@@ -42,12 +42,10 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "SWALR": lambda o: SWALR(o, swa_lr=0.05, anneal_epochs=3),
 }
 # Those that schedulers cycle beside lr must not be 0.
-OPTIONS: dict[Any, dict[str, Any]] = {
-    SGD: {"lr": 0.1, "momentum": 0.9},
-    Adam: {"lr": 0.1},
-    AdamW: {"lr": 0.1},
-    RMSprop: {"lr": 0.1, "momentum": 0.9},
-}
+CYCLED: dict[Any, dict[str, Any]] = {SGD: {"momentum": 0.9}, RMSprop: {"momentum": 0.9}}
+OPTIONS = {cls: {"lr": 0.1, **CYCLED.get(cls, {})} for cls in PAIRS}
+# These two cycle momentum, or the first of betas.
+CYCLING = ("CyclicLR", "OneCycleLR")
 
 
 def make_wrapped(params: Any, clipping: float = CLIPPING, **options: Any) -> AGC:
