@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from agc_triton.nonfinite import SavedUnits, update_others
-from agc_triton.norms import ONE, Clip, as_computed, clip_factors, spread, unit_norms
+from agc_triton.norms import ONE, Clip, as_computed, clip_factors, clipped_rows_, spread, unit_norms
 from agc_triton.records import Units
 from agc_triton.rule import Rule, TensorLists, Update
 from agc_triton.torch_path.blocks import Block
@@ -207,6 +207,10 @@ def _step_whole(
     grads = []
     bad: list[Tensor] = []
     for param, given, own in zip(lists.params, lists.grads, units, strict=True):
+        if given.layout is not torch.strided:
+            scaled = given.clone() if grad_scale is None else given / grad_scale.to(given.device)
+            grads.append(clipped_rows_(param, scaled, clip))
+            continue
         grad = _unscaled(given, param, grad_scale)
         if clip.skip:
             assert own is not None

@@ -126,7 +126,7 @@ def test_to_torch_and_back_while_clipping(cls: Any, options: dict[str, Any]) -> 
         optimizer, params = move(optimizer, params, other)
     # The two take the same state through different kernels: equal up to rounding. What is kept in
     # fp32, as eta, torch's load_state_dict gives the parameter's dtype.
-    closeness = {"rtol": 1e-12, "atol": 1e-14}
+    closeness: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
     if len(PAIRS[cls].rule.kernel.scalars) > 1:
         closeness = {"rtol": 1e-6, "atol": 1e-7, "check_dtype": False}
     torch.testing.assert_close(params, torchs_params, **closeness)

@@ -74,10 +74,10 @@ def adamw(p: Rounded, g: Rounded, state: State, o: Options) -> tuple[Rounded, St
 
 def adagrad(p: Rounded, g: Rounded, state: State, o: Options) -> tuple[Rounded, State]:
     """torch.optim.Adagrad's documented rule."""
-    t = float(state["step"].value) + 1.0
+    zero, t = _start(p, state)
     if o["weight_decay"]:
         g = g + p * o["weight_decay"]
-    total = state["sum"] + g * g
+    total = state.get("sum", zero + o["initial_accumulator_value"]) + g * g
     lr = exact(o["lr"], o["scalars"]) / (exact(t - 1, o["scalars"]) * o["lr_decay"] + 1.0)
     return p - g / (total.sqrt() + o["eps"]) * lr, {"step": _step(t), "sum": total}
 

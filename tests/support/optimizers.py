@@ -15,7 +15,7 @@ from tests.support.formulas import defaults
 
 Kwargs = Mapping[str, Any]
 NAMES = tuple(OPTIMIZERS)
-OURS = tuple(OPTIMIZERS.values())
+OURS: tuple[Any, ...] = tuple(OPTIMIZERS.values())
 PAIRS: dict[Any, Any] = {cls.torch_class(): cls for cls in OURS}
 TORCHS: dict[str, Any] = {name: cls.torch_class() for name, cls in OPTIMIZERS.items()}
 # One for each of the kernels' rules: Adam's is AdamW's, with one flag.
@@ -151,6 +151,7 @@ def supported(name: str, options: Kwargs, mode: str) -> bool:
 STATEFUL_CASES = [
     (name, mode) for name in NAMES for mode in MODES if supported(name, STATEFUL[name], mode)
 ]
+WAY_CASES = [case for case in STATEFUL_CASES if case[0] in EACH_WAY]
 
 
 def low_precision(name: str, options: Kwargs) -> Kwargs:

@@ -158,7 +158,10 @@ SLIP_OPTIONS: dict[str, Any] = {
     **{"etas": (0.7, 1.05), "step_sizes": (0.3, 0.55)},
 }
 # Where eps is seen: beside large roots, and where much is rectified on the sixth step.
-SLIP_OPTIONS_OF = {"Adagrad": {"eps": 0.1}, "RAdam": {"eps": 0.1, "betas": (0.9, 0.9)}}
+SLIP_OPTIONS_OF: dict[str, dict[str, Any]] = {
+    "Adagrad": {"eps": 0.1},
+    "RAdam": {"eps": 0.1, "betas": (0.9, 0.9)},
+}
 
 
 def slips(key: str, value: Any) -> list[Any]:
