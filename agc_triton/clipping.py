@@ -17,7 +17,7 @@ from agc_triton.records import Recording, UnitOrder, UnitRecords
 from agc_triton.routing import check_backend
 from agc_triton.sharded import any_sharded, axes_here, local
 from agc_triton.sparse import check_sparse_rows
-from agc_triton.units import UnitDim
+from agc_triton.units import UnitDim, unit_axes
 from agc_triton.validation import (
     bring_gradients,
     check_grad,

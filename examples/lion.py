@@ -30,7 +30,7 @@ class Lion(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # torch overloads it per closure type
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
@@ -52,7 +52,7 @@ def update(lists: TensorLists, group: Mapping[str, Any], **_scaler: Tensor | Non
     torch._foreach_lerp_(exp_avgs, lists.grads, 1.0 - beta2)
 
 
-class Lion_AGC(AGCOptimizer, Lion):
+class Lion_AGC(AGCOptimizer, Lion):  # type: ignore[misc]  # torch overloads step
     """Lion with adaptive gradient clipping."""
 
     rule = Rule(

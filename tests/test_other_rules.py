@@ -73,7 +73,7 @@ def toy_prepare(raw, scalars):  # type: ignore[no-untyped-def]  # on the device
     return (raw[0],), ()
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton's
 def toy(p, g, states, h, FLAGS: tl.constexpr):  # type: ignore[no-untyped-def]  # on the device
     total = states[0] + g
     return p - h[0] * total, (total,)
@@ -123,7 +123,7 @@ def test_a_rule_is_added_as_the_docs_describe(
     monkeypatch.setitem(OPTIMIZERS, "Toy", Toy_AGC)
     monkeypatch.setitem(formulas.RULES, "Toy", toy_formula)
     params = place.weights()
-    options = {"lr": 0.5, "clipping": CLIPPING, "backend": place.backend}
+    options: dict[str, Any] = {"lr": 0.5, "clipping": CLIPPING, "backend": place.backend}
     optimizer: Any = build("Toy", params, options)
     oracle = oracle_for("Toy", params, place, **options)
     steps(optimizer, oracle, params)

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Adagrad
 
 from agc_triton import AGC, Adagrad_AGC
-from tests.support.checks import nothing_changes
+from tests.support.checks import clipped, nothing_changes
 from tests.support.places import DEVICE
 from tests.support.tensors import same, weight
 
@@ -48,8 +48,20 @@ def test_rows_are_clipped_as_by_the_wrapper() -> None:
     torch.testing.assert_close(ours, wrapped)
     scaled = trained(lambda params: Adagrad_AGC(params, lr=0.1, clipping=CLIPPING), 256.0)
     torch.testing.assert_close(ours, scaled)
-    unclipped = trained(lambda params: Adagrad(params, lr=0.1))
-    assert not torch.equal(ours[2][0]["sum"], unclipped[2][0]["sum"])
+
+
+def test_a_row_is_clipped_against_its_own_row_and_grad_stays() -> None:
+    params, others = [Parameter(weight((6, 4), device=DEVICE))], [weight((6, 4), device=DEVICE)]
+    ours, theirs = Adagrad_AGC(params, clipping=CLIPPING), Adagrad(others)
+    for step in range(3):
+        params[0].grad = grad = rows(step).coalesce()
+        kept = grad.to_dense()
+        others[0].grad = clipped(others[0], kept, CLIPPING).to_sparse(1)
+        ours.step()
+        theirs.step()
+        assert same(grad.to_dense(), kept)
+    torch.testing.assert_close(params[0].detach(), others[0])
+    torch.testing.assert_close(ours.state[params[0]], theirs.state[others[0]])
 
 
 @pytest.mark.parametrize(

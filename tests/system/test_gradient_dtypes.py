@@ -14,7 +14,7 @@ from agc_triton import AGC, SGD_AGC, adaptive_clip_grad_
 from tests.support.checks import check_clipped, oracle_for, states_of, step_and_check
 from tests.support.optimizers import (
     CLIPPING,
-    EACH_WAY,
+    EACH_RULE,
     TRITON,
     WAY_CASES,
     build,
@@ -61,7 +61,7 @@ def check(
 
 
 @pairs
-@pytest.mark.parametrize("name", EACH_WAY)
+@pytest.mark.parametrize("name", EACH_RULE)
 def test_follows_the_oracle(
     name: str, dtype: torch.dtype, grad_dtype: torch.dtype, place: Place
 ) -> None:
@@ -74,7 +74,7 @@ def test_follows_the_oracle_in_every_mode(name: str, mode: str) -> None:
         check(name, CPU, f32, bf16, mode)
 
 
-@pytest.mark.parametrize("name", EACH_WAY)
+@pytest.mark.parametrize("name", EACH_RULE)
 def test_unclipped_steps_are_those_on_converted_gradients(name: str, place: Place) -> None:
     ours, theirs = leaves(place, f32, bf16), leaves(place, f32, f32)
     options = {**stateful(name), "clipping": 0, "backend": place.backend}
@@ -147,7 +147,7 @@ def test_what_the_base_does_not_take_is_its_own_affair() -> None:
         AGC(Adam(params), clipping=CLIPPING).step()
 
 
-@pytest.mark.parametrize("name", EACH_WAY)
+@pytest.mark.parametrize("name", EACH_RULE)
 def test_scaled_gradients_are_unscaled_before_they_are_rounded(name: str, place: Place) -> None:
     scale = 2.0**16
     ours, theirs = leaves(place, f16, f32), leaves(place, f16, f32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.support.checks import nothing_changes, oracle_for, states_of
 from tests.support.guards import Guarded
-from tests.support.optimizers import ADAMW, MOMENTUM, EACH_WAY, PAIRS, STATEFUL
+from tests.support.optimizers import ADAMW, EACH_WAY, MOMENTUM, PAIRS, STATEFUL
 from tests.support.places import DEVICE, KERNELS, few_weights
 from tests.support.tensors import grad_like, moved, same, weight
 from tests.support.training import Training
