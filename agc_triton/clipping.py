@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from agc_triton.dispatch import Clipper
-from agc_triton.norms import Clip, clip_factors, norms_over, spread, unit_norms
+from agc_triton.norms import Clip, clip_factors, row_norms, spread, unit_norms
 from agc_triton.options import AGC_OPTIONS
 from agc_triton.records import Recording, UnitOrder, UnitRecords
 from agc_triton.routing import check_backend
 from agc_triton.sharded import any_sharded, axes_here, local
+from agc_triton.sparse import check_sparse_rows
 from agc_triton.units import UnitDim, unit_axes
 from agc_triton.validation import (
     bring_gradients,
@@ -188,20 +189,7 @@ def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i:
     if grad.layout is torch.strided:
         check_in_place(grad, group, index, i)
     else:
-        _check_sparse_rows(param, grad, group["unit_dim"], tensor_name(group, index, i))
-
-
-def _check_sparse_rows(param: Tensor, grad: Tensor, unit_dim: UnitDim, name: str) -> None:
-    if (
-        grad.layout is not torch.sparse_coo
-        or param.dim() != 2
-        or grad.sparse_dim() != 1
-        or unit_axes(param.shape, unit_dim) not in ((), ((0, len(param)),))
-    ):
-        raise RuntimeError(
-            f"the sparse gradient of {name} cannot be clipped: only row-sparse COO gradients of"
-            " rank-2 parameters with unit_dim 0 can; use a dense gradient or clipping=0"
-        )
+        check_sparse_rows(param, grad, group["unit_dim"], tensor_name(group, index, i))
 
 
 def _clip_sparse_rows_(param: Tensor, clip: Clip, recording: Recording) -> None:
@@ -213,11 +201,7 @@ def _clip_sparse_rows_(param: Tensor, clip: Clip, recording: Recording) -> None:
     assert grad is not None
     if not grad.is_coalesced():
         grad = param.grad = grad.coalesce()
-    values = grad.values()
-    weight, dims = param, tuple(range(2))
-    if unit_axes(param.shape, clip.unit_dim):
-        weight, dims = param[grad.indices()[0]], (1,)
-    p_norms, g_norms = norms_over(weight, dims), norms_over(values, dims)
+    p_norms, g_norms = row_norms(param, grad, clip.unit_dim)
     if recording.number is not None:
         order = UnitOrder.of_norms(param, clip.unit_dim)
         page = recording.records.page(param.device, [(param, order)])
@@ -225,4 +209,4 @@ def _clip_sparse_rows_(param: Tensor, clip: Clip, recording: Recording) -> None:
         rows = grad.indices()[0] if order.sizes else slice(None)
         page.ratios.fill_(math.nan)[rows] = ratios
         page.numbers.fill_(recording.number)
-    values.mul_(clip_factors(p_norms, g_norms, clip))
+    grad.values().mul_(clip_factors(p_norms, g_norms, clip))

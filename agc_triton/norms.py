@@ -112,3 +112,22 @@ def clip_factors(p_norm: Tensor, g_norm: Tensor, clip: Clip, units: Units | None
 
 def _is_plain(norms: Tensor) -> bool:
     return type(norms) is Tensor and norms.is_cpu and not torch.is_grad_enabled()
+
+
+def row_norms(param: Tensor, grad: Any, unit_dim: UnitDim) -> tuple[Tensor, Tensor]:
+    """Norms of the rows that a coalesced row-sparse gradient has, of the parameter and of it."""
+    weight, dims = param, tuple(range(2))
+    if unit_axes(param.shape, unit_dim):
+        weight, dims = param[grad.indices()[0]], (1,)
+    return norms_over(weight, dims), norms_over(grad.values(), dims)
+
+
+def clipped_rows_(param: Tensor, grad: Any, clip: Clip) -> Tensor:
+    """A row-sparse gradient, each row that is there clipped against its row of the parameter.
+
+    It is clipped in place where it is coalesced, else a copy of it is.
+    """
+    coalesced: Tensor = grad if grad.is_coalesced() else grad.coalesce()
+    factors = clip_factors(*row_norms(param, coalesced, clip.unit_dim), clip)
+    coalesced.values().mul_(factors)
+    return coalesced

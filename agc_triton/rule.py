@@ -16,23 +16,27 @@ class TensorLists(NamedTuple):
 
     ``states`` holds one list per state role in the order of torch's functional; the list of a role
     that is switched off is empty, and so is ``steps`` for an optimizer that counts none.
+    ``scalars`` are what it moves on beside its steps, one element each, as NAdam's mu_product.
     """
 
     params: list[Tensor]
     grads: list[Tensor]
     states: tuple[list[Tensor], ...]
     steps: list[Tensor]
+    scalars: tuple[list[Tensor], ...] = ()
 
     def select(self, indices: list[int]) -> TensorLists:
         """The entries at these indices."""
-        states = tuple(pick(indices, state) for state in self.states)
+        states, scalars = (
+            tuple(pick(indices, role) for role in roles) for roles in (self.states, self.scalars)
+        )
         params, grads, steps = (pick(indices, t) for t in (self.params, self.grads, self.steps))
-        return TensorLists(params, grads, states, steps)
+        return TensorLists(params, grads, states, steps, scalars)
 
     def local(self) -> TensorLists:
         """The same of what lies on this rank."""
         params, grads, *states = map(locals_of, (self.params, self.grads, *self.states))
-        return TensorLists(params, grads, tuple(states), self.steps)
+        return self._replace(params=params, grads=grads, states=tuple(states))
 
 
 def pick(indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
@@ -45,13 +49,14 @@ def pick(indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
 class KernelRule(NamedTuple):
     """How a group's options become a kernel rule's arguments.
 
-    ``name`` is the rule in kernels/rules.py, ``flags(group)`` its compile-time options,
+    ``name`` is the rule in kernels/rules.py, or ``module:name`` one of another module, which is
+    imported where something takes the Triton path. ``flags(group)`` are its compile-time options,
     ``states(group)`` the keys of a parameter's state tensors, and ``hyper(group)`` the rule's raw
     values: numbers or one-element tensors. ``prepared`` is how many numbers ``NAME_prepare`` gives.
-    ``scalars`` are the keys of fp32 state tensors of one element that it counts on, and
-    ``own_scalars`` how many more of them it needs that torch keeps none of: 0 before a parameter's
-    first step, and 1 where its states are there already. ``writes_grad`` where the result is the
-    gradient's, not the parameter's.
+    ``scalars`` are the keys of fp32 state tensors of one element that it counts on, "step" first,
+    and ``own_scalars`` how many more of them it needs that torch keeps none of: 0 before a
+    parameter's first step, and 1 where its states are there already. ``writes_grad`` where the
+    result is the gradient's, not the parameter's.
     """
 
     name: str
@@ -82,12 +87,30 @@ class Rule(NamedTuple):
     fused, and ``scaler`` (grad_scale, found_inf) where torch takes it, and counts every tensor of
     ``lists.steps`` up by one. ``fused(group, dtype)`` gives torch's fused kernel for CPU tensors of
     one dtype, whose steps have been counted already, or None where it does not do what ``update``
-    does. ``kernel`` is the same rule for the Triton path.
+    does. ``kernel`` is the same rule for the Triton path. ``roles`` are the keys of all states that
+    ``update`` may take, in its order; ``sparse`` says that it takes sparse gradients too.
     """
 
     update: Callable[..., None]
     fused: Callable[[Mapping[str, Any], torch.dtype], Update | None]
     kernel: KernelRule
+    roles: tuple[str, ...] = ()
+    sparse: bool = False
+
+    def lists(
+        self,
+        params: list[Tensor],
+        state: Mapping[Tensor, Mapping[str, Any]],
+        group: Mapping[str, Any],
+    ) -> TensorLists:
+        """What updates these parameters, all of which have a gradient and their states."""
+        entries, there = [state[p] for p in params], self.kernel.states(group)
+        grads: list[Any] = [p.grad for p in params]
+        states = tuple(
+            [entry[key] for entry in entries] if key in there else [] for key in self.roles
+        )
+        steps, *scalars = [[entry[key] for entry in entries] for key in self.kernel.scalars] or [[]]
+        return TensorLists(params, grads, states, steps, tuple(scalars))
 
 
 class Work(NamedTuple):

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from agc_triton.rule import KernelRule, Work
 from agc_triton.sharded import is_sharded, place_gradients, placed_alike
+from agc_triton.sparse import check_sparse_rows
 from agc_triton.units import UnitDim, dims_and_parts, unit_axes
 
 # What norms in fp32 can be compared with.
@@ -87,8 +88,8 @@ def check_param(
         raise ValueError(f"{error}: {tensor_name(group, index, i)}") from None
 
 
-def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfinite: str) -> None:
-    """Check that a group's gradients can be clipped by an optimizer of this name.
+def check_gradients(group: Mapping[str, Any], index: int, work: Work) -> None:
+    """Check that a group's gradients can be clipped by an optimizer.
 
     Raises:
         RuntimeError: one is sparse, or its device or shape is not its parameter's, or its dtype is
@@ -98,11 +99,13 @@ def check_gradients(group: Mapping[str, Any], index: int, optimizer: str, nonfin
         grad = param.grad
         if grad is None:
             continue
-        if grad.layout is not torch.strided:
+        if grad.layout is not torch.strided and work.rule.sparse and work.nonfinite != "skip_unit":
+            check_sparse_rows(param, grad, group["unit_dim"], tensor_name(group, index, i))
+        elif grad.layout is not torch.strided:
             raise RuntimeError(
-                f"{optimizer} does not support sparse gradients, as of"
+                f"{work.name} does not support sparse gradients, as of"
                 f" {tensor_name(group, index, i)}; wrap an optimizer that does"
-                f" (agc_triton.AGC(torch.optim.SparseAdam(...))), or {_UNCLIPPED[nonfinite]}"
+                f" (agc_triton.AGC(torch.optim.SparseAdam(...))), or {_UNCLIPPED[work.nonfinite]}"
             )
         check_grad(param, grad, group, index, i)
 
@@ -238,7 +241,7 @@ def check_planned(work: Work, *indices: int) -> None:
         units = work.needs_units(group)
         check_group(group, index, units=units)
         if units:
-            check_gradients(group, index, work.name, work.nonfinite)
+            check_gradients(group, index, work)
         check_shapes(group, index, work.rule.kernel.states(group), work.state)
 
 

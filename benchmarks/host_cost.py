@@ -46,6 +46,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
 
 from agc_triton import AdamW_AGC
+from agc_triton.optim import OPTIMIZERS as REGISTRY
 from agc_triton.triton_path.launches import Launch
 from benchmarks.lib import growth, plots
 from benchmarks.lib.arguments import check_file, parser_of, positive
@@ -150,9 +151,16 @@ def change(optimizer: Optimizer) -> None:
             p.grad = like(p.grad)
 
 
-def measure(mesh: DeviceMesh, tensors: int, groups: int, calls: int) -> list[dict[str, Any]]:
-    """Rows for all implementations: steady and changing, with warm and cold caches."""
+def measure(
+    mesh: DeviceMesh, tensors: int, groups: int, calls: int, others: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Rows for all implementations: steady and changing, with warm and cold caches.
+
+    ``others`` are those of our optimizers to measure beside AdamW_AGC.
+    """
+    made = {f"{name}_AGC triton": REGISTRY[name] for name in others}
     optimizers = {
+        **{n: build(make, plain(tensors), groups, backend="triton") for n, make in made.items()},
         OURS: build(AdamW_AGC, plain(tensors), groups, backend="triton"),
         TRACKED: build(AdamW_AGC, plain(tensors), groups, backend="triton"),
         THEIRS: build(AdamW, plain(tensors), groups, fused=True),
@@ -252,6 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("host_cost", __doc__)
     parser.add_argument("--calls", type=positive, default=200, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="three small cases")
+    parser.add_argument(
+        "--optimizers", nargs="+", default=[], choices=REGISTRY, help="beside AdamW"
+    )
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/host_cost.csv"))
     args = parser.parse_args(argv)
@@ -259,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     with two_ranks() as mesh, no_launches():
         for tensors, groups in tqdm(cases(args.quick), desc="host cost", disable=None):
-            rows += measure(mesh, tensors, groups, args.calls)
+            rows += measure(mesh, tensors, groups, args.calls, args.optimizers)
             table = pd.DataFrame(rows)[COLUMNS]
             write(table, args.out)
     shown = table[COLUMNS[: COLUMNS.index("device")]]

@@ -23,7 +23,8 @@ import triton
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, routing
+from agc_triton import routing
+from agc_triton.optim import OPTIMIZERS as REGISTRY
 from agc_triton.triton_path.buckets import BucketPlan, TensorUnits, plan_buckets
 from agc_triton.triton_path.launch_group import kernel_layout
 from agc_triton.triton_path.launches import Kernel
@@ -40,13 +41,11 @@ from benchmarks.lib.workloads import TABLES, load_shapes
 
 # Classes and options; AdamW's kernels are Adam's, found in the cache.
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "SGD": (SGD_AGC, {"lr": 0.1, "momentum": 0.9}),
-    "Adam": (Adam_AGC, {}),
-    "AdamW": (AdamW_AGC, {}),
-    "AdamW-amsgrad": (AdamW_AGC, {"amsgrad": True}),
-    "RMSprop": (RMSprop_AGC, {}),
-    "RMSprop-momentum": (RMSprop_AGC, {"momentum": 0.9}),
-    "RMSprop-centered-momentum": (RMSprop_AGC, {"centered": True, "momentum": 0.9}),
+    **{name: (cls, {}) for name, cls in REGISTRY.items()},
+    "SGD": (REGISTRY["SGD"], {"lr": 0.1, "momentum": 0.9}),
+    "AdamW-amsgrad": (REGISTRY["AdamW"], {"amsgrad": True}),
+    "RMSprop-momentum": (REGISTRY["RMSprop"], {"momentum": 0.9}),
+    "RMSprop-centered-momentum": (REGISTRY["RMSprop"], {"centered": True, "momentum": 0.9}),
 }
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

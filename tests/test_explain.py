@@ -20,7 +20,7 @@ from tests.support.tensors import TILE_SHAPES, in_order, set_grads, unaligned
 SUMS = ["tensors", "units", "elements", "bytes", "launches"]
 
 # State tensors per parameter, with STATEFUL's options.
-STATES = {"SGD": 1, "Adam": 3, "AdamW": 3, "RMSprop": 3}
+STATES = {"SGD": 1, "Adam": 3, "AdamW": 3, "RMSprop": 3, "Adagrad": 1, "ASGD": 1}
 
 
 def with_grads(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -48,7 +48,7 @@ def test_rows_are_the_launches_of_the_plan(name: str, dtype: torch.dtype) -> Non
     assert rows["class"].iloc[0] == "begin"
     assert rows["launches"].tolist() == [1] * (1 + len(plan.buckets))
     for bucket, (_, row) in zip(plan.buckets, rows.iloc[1:].iterrows(), strict=True):
-        shape, accesses = bucket.shape, 3 + 2 * STATES[name] + 2 * bucket.shape.split
+        shape, accesses = bucket.shape, 3 + 2 * STATES.get(name, 2) + 2 * bucket.shape.split
         assert row["tile"] == f"{shape.rows} x {shape.columns} x {shape.chunks}"
         assert row["num_warps"] == shape.num_warps
         assert row["tensors"] == len(bucket.tensors)

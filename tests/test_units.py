@@ -10,12 +10,12 @@ import torch
 from agc_triton import AGC, SGD_AGC, AdamW_AGC, adaptive_clip_grad_, param_groups, unitwise_norm
 from agc_triton.units import UnitLayout, count_units, unit_layout
 from tests.support.disk import on_disk
-from tests.support.optimizers import CLIPPING, EACH_RULE, NAMES, STATEFUL, build
+from tests.support.optimizers import CLIPPING, EACH_WAY, STATEFUL, build
 from tests.support.places import DEVICE, KERNELS
 from tests.support.tensors import grad_like, same, weight
 
 BACKENDS = ("torch", "triton") if DEVICE == "cpu" else ("triton",)
-every_name = pytest.mark.parametrize("name", NAMES)
+every_name = pytest.mark.parametrize("name", EACH_WAY)
 
 LAYOUTS: list[tuple[Any, Any, Any, UnitLayout | None]] = [
     ((4, 5), None, None, UnitLayout(1, 1, 4, 5)),
@@ -69,7 +69,7 @@ on_both_paths = pytest.mark.parametrize(
 
 @pytest.mark.parametrize(
     ("name", "nonfinite"),
-    [*((name, "propagate") for name in EACH_RULE), ("SGD", "skip_unit")],
+    [*((name, "propagate") for name in EACH_WAY), ("SGD", "skip_unit")],
 )
 @on_both_paths
 def test_a_tensor_steps_as_the_layers_it_stands_for(

@@ -10,46 +10,30 @@ from torch import Tensor
 from torch.optim.adam import Adam, adam
 from torch.optim.adamw import adamw
 
+from agc_triton.optim.functional import arguments, updating
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
+from agc_triton.rule import KernelRule, Rule, TensorLists, Update, number
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
     from agc_triton.units import UnitDim
 
-_NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
-
-
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    beta1, beta2 = group["betas"]
-    options = {key: group[key] for key in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
-    return {**options, "beta1": beta1, "beta2": beta2}
+_ROLES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_NUMBERS = ("lr", "betas", "eps", "weight_decay")
+_ADAM, _ADAMW = (updating(functional, (*_NUMBERS, "amsgrad")) for functional in (adam, adamw))
 
 
 def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | None) -> None:
-    functional: Any = adamw if group.get("decoupled_weight_decay") else adam
-    functional(
-        lists.params,
-        lists.grads,
-        *lists.states,
-        lists.steps,
-        foreach=group["foreach"],
-        capturable=group["capturable"],
-        differentiable=group["differentiable"],
-        fused=group["fused"],
-        has_complex=any(p.is_complex() for p in lists.params),
-        **scaler,
-        **_options(group),
-    )
+    update = _ADAMW if group.get("decoupled_weight_decay") else _ADAM
+    update(lists, group, **scaler)
 
 
 def _fused(group: Mapping[str, Any], _dtype: torch.dtype) -> Update:
     decoupled = group.get("decoupled_weight_decay")
     kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    given = _options(group)
-    options: dict[str, Any] = {key: number(given[key]) for key in _NUMBERS}
-    options |= {key: bool(given[key]) for key in ("amsgrad", "maximize")}
+    options: dict[str, Any] = {k: number(x) for k, x in arguments(group, _NUMBERS).items()}
+    options |= {key: bool(group[key]) for key in ("amsgrad", "maximize")}
 
     def update(lists: TensorLists) -> None:
         kernel(lists.params, lists.grads, *lists.states, lists.steps, **options)
@@ -62,25 +46,15 @@ def _flags(group: Mapping[str, Any]) -> int:
 
 
 def _states(group: Mapping[str, Any]) -> tuple[str, ...]:
-    moments = ("exp_avg", "exp_avg_sq")
-    return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
+    return _ROLES if group["amsgrad"] else _ROLES[:2]
 
 
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    options = arguments(group, _NUMBERS).values()
     return (*options, float(group.get("decoupled_weight_decay", False)))
 
 
-ADAM = Rule(_update, _fused, KernelRule("adam", _flags, _states, _hyper, 8, ("step",)))
-
-
-def adam_lists(optimizer: Any, group: dict[str, Any]) -> TensorLists:
-    """Parameters with a gradient and their state, created by torch.optim.Adam (AdamW's differs)."""
-    lists: list[list[Tensor]] = [[] for _ in range(6)]
-    create_state: Any = Adam._init_group
-    create_state(optimizer, group, *lists)
-    params, grads, *states, steps = lists
-    return TensorLists(params, grads, tuple(states), steps)
+ADAM = Rule(_update, _fused, KernelRule("adam", _flags, _states, _hyper, 8, ("step",)), _ROLES)
 
 
 class Adam_AGC(AGCOptimizer, Adam):
@@ -112,6 +86,3 @@ class Adam_AGC(AGCOptimizer, Adam):
             nonfinite: str = "propagate",
             track_clipping: int = 0,
         ) -> None: ...
-
-    def _batches(self, group: dict[str, Any]) -> Batches:
-        return [(adam_lists(self, group), group)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch.optim.adam import Adam
 from torch.optim.adamw import AdamW
 
-from agc_triton.optim.adam import ADAM, adam_lists
+from agc_triton.optim.adam import ADAM
 from agc_triton.optim.optimizer import AGCOptimizer
 from agc_triton.rule import Batches
 
@@ -31,6 +32,7 @@ class AdamW_AGC(AGCOptimizer, AdamW):
     """torch.optim.AdamW with adaptive gradient clipping."""
 
     rule = ADAM._replace(kernel=ADAM.kernel._replace(hyper=_hyper))
+    _init_group = Adam._init_group  # torch 2.6 has another one
 
     if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
 
@@ -57,4 +59,4 @@ class AdamW_AGC(AGCOptimizer, AdamW):
         ) -> None: ...
 
     def _batches(self, group: dict[str, Any]) -> Batches:
-        return [(adam_lists(self, group), _decoupled(group))]
+        return super()._batches(_decoupled(group))

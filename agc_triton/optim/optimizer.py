@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
@@ -33,6 +35,12 @@ CLIPPING = 1e-2
 AGC_EPS = 1e-3
 
 
+@functools.cache
+def _count_lists(init_group: Callable[..., Any]) -> int:
+    """How many lists torch's `_init_group` fills, after the group."""
+    return len(inspect.signature(init_group).parameters) - 2
+
+
 def _check_backend(optimizer: Any, backend: str) -> None:
     check_backend(backend)
     for index, group in enumerate(vars(optimizer).get("param_groups", ())):
@@ -42,7 +50,8 @@ def _check_backend(optimizer: Any, backend: str) -> None:
 class AGCOptimizer(ClipTracking, Optimizer):
     """Adaptive gradient clipping in front of a torch.optim class; listed before it in the bases.
 
-    A subclass names its `rule` and says in `_batches` how torch collects what it updates.
+    A subclass names its `rule`; where its base has no `_init_group`, as most outside of torch, it
+    says in `_init_states` how states are made (examples/lion.py).
     """
 
     rule: ClassVar[Rule]
@@ -61,10 +70,15 @@ class AGCOptimizer(ClipTracking, Optimizer):
         super().__init_subclass__()
         if "rule" not in vars(cls):  # a user's subclass speaks for itself
             return
-        torchs = next(base for base in cls.__bases__ if not issubclass(base, AGCOptimizer))
+        torchs = cls.torch_class()
         signature = merged_signature(torchs.__init__, AGCOptimizer.__init__)
         cls.__signature__ = signature  # type: ignore[attr-defined]  # inspect's own
         cls.__doc__ = documented(cls.__doc__, torchs.__doc__)
+
+    @classmethod
+    def torch_class(cls) -> Any:
+        """The class that this one clips in front of."""
+        return next(base for base in cls.__bases__ if not issubclass(base, AGCOptimizer))
 
     def __init__(
         self,
@@ -184,7 +198,7 @@ class AGCOptimizer(ClipTracking, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             self._paths.step(self._work(), scale, found_inf)
         return loss
@@ -246,12 +260,21 @@ class AGCOptimizer(ClipTracking, Optimizer):
         )
 
     def _batches(self, group: dict[str, Any]) -> Batches:
-        """What has a gradient, with its state and options; states that are missing are created.
+        """What has a gradient, with its state and options; states that are missing are created."""
+        self._init_states(group)
+        params = [p for p in group["params"] if p.grad is not None]
+        return [(self.rule.lists(params, self.state, group), group)]
 
-        By torch's `_init_group`, or where a base has none by the subclass itself: one entry per key
-        of the rule's `KernelRule` in ``self.state[param]``, in the parameter's dtype and layout.
+    def _init_states(self, group: dict[str, Any]) -> None:
+        """Create the states of the group's parameters that have a gradient and no states yet.
+
+        By torch's `_init_group`; a class whose base has none overrides this. ``self.state[param]``
+        gets an entry per key of the rule's `KernelRule`: states in the parameter's dtype, shape and
+        layout, scalars as fp32 tensors of one element on any device.
         """
-        raise NotImplementedError
+        cls: Any = type(self)
+        create = cls._init_group
+        create(self, group, *([] for _ in range(_count_lists(create))))
 
     def _graph_capture_check(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None)

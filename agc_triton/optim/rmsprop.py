@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.optim.rmsprop import RMSprop, rmsprop
 
+from agc_triton.optim.functional import arguments, updating
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
+from agc_triton.rule import KernelRule, Rule, TensorLists, Update, number
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim.optimizer import ParamsT
 
     from agc_triton.units import UnitDim
 
 _INFINITY = torch.tensor(math.inf, device="cpu")
 
-_ARGUMENTS = (
-    *("lr", "alpha", "eps", "weight_decay", "momentum", "centered"),
-    *("foreach", "maximize", "differentiable", "capturable"),
-)
-
-
-def _update(lists: TensorLists, group: Mapping[str, Any], **_scaler: Tensor | None) -> None:
-    functional: Any = rmsprop
-    functional(
-        lists.params,
-        lists.grads,
-        *lists.states,
-        lists.steps,
-        has_complex=any(p.is_complex() for p in lists.params),
-        **{key: group[key] for key in _ARGUMENTS},
-    )
+_NUMBERS = ("lr", "alpha", "eps", "weight_decay", "momentum")
+_ROLES = ("square_avg", "grad_avg", "momentum_buffer")
 
 
 def _fused(group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
@@ -88,18 +76,23 @@ def _flags(group: Mapping[str, Any]) -> int:
 
 
 def _states(group: Mapping[str, Any]) -> tuple[str, ...]:
-    mean = ("grad_avg",) if group["centered"] else ()
-    return ("square_avg", *mean, *(("momentum_buffer",) if group["momentum"] > 0 else ()))
+    there = True, group["centered"], group["momentum"] > 0
+    return tuple(compress(_ROLES, there))
 
 
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(group[key] for key in ("lr", "alpha", "eps", "weight_decay", "momentum"))
+    return tuple(arguments(group, _NUMBERS).values())
 
 
 class RMSprop_AGC(AGCOptimizer, RMSprop):
     """torch.optim.RMSprop with adaptive gradient clipping."""
 
-    rule = Rule(_update, _fused, KernelRule("rmsprop", _flags, _states, _hyper, 6, ("step",)))
+    rule = Rule(
+        updating(rmsprop, (*_NUMBERS, "centered")),
+        _fused,
+        KernelRule("rmsprop", _flags, _states, _hyper, 6, ("step",)),
+        _ROLES,
+    )
 
     if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
 
@@ -124,11 +117,3 @@ class RMSprop_AGC(AGCOptimizer, RMSprop):
             nonfinite: str = "propagate",
             track_clipping: int = 0,
         ) -> None: ...
-
-    def _batches(self, group: dict[str, Any]) -> Batches:
-        params, grads, square_avgs, buffers, grad_avgs, steps = lists = [
-            list[Tensor]() for _ in range(6)
-        ]
-        create_state: Any = self._init_group
-        create_state(group, *lists)
-        return [(TensorLists(params, grads, (square_avgs, grad_avgs, buffers), steps), group)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import SGD, sgd
 
+from agc_triton.optim.functional import updating
 from agc_triton.optim.optimizer import AGCOptimizer
 from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, number
 
@@ -18,24 +19,14 @@ if TYPE_CHECKING:
     from agc_triton.units import UnitDim
 
 _NUMBERS = ("weight_decay", "momentum", "lr", "dampening")
-_OPTIONS = (*_NUMBERS, "nesterov", "maximize")
+_SGD = updating(sgd, (*_NUMBERS, "nesterov"))
 
 
 def _update(lists: TensorLists, group: Mapping[str, Any], **scaler: Tensor | None) -> None:
     first = group.get("is_first_step", False)
     (buffers,) = lists.states
     given: list[Any] = [None] * len(buffers) if first else buffers
-    functional: Any = sgd
-    functional(
-        lists.params,
-        lists.grads,
-        given,
-        has_sparse_grad=any(g.is_sparse for g in lists.grads),
-        foreach=group["foreach"],
-        fused=group["fused"],
-        **scaler,
-        **{key: group[key] for key in _OPTIONS},
-    )
+    _SGD(lists._replace(states=(given,)), group, **scaler)
     if first:
         for buffer, started in zip(buffers, given, strict=True):
             buffer.copy_(started)

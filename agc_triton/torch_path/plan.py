@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,7 +94,8 @@ class BlockPlan:
         for listed in self.block_lists:
             for role in roles:
                 fixed += pick(listed.indices, role)
-        loose = [*lists.steps] if clip is None else [*lists.steps, *lists.grads]
+        loose = [*lists.steps, *chain.from_iterable(lists.scalars)]
+        loose += [] if clip is None else lists.grads
         if self.whole:
             for role in roles:
                 loose += pick(self.whole, role)
@@ -125,6 +127,9 @@ def _partition(
     whole: list[int] = []
     roles = [role for role in lists.states if role]
     for i, param in enumerate(lists.params):
+        if lists.grads[i].layout is not torch.strided:
+            whole.append(i)
+            continue
         view = dense_view(param, [role[i] for role in roles], clip.unit_dim)
         # What a copy in the parameter's dtype would round is clipped first.
         rounded = torch.promote_types(lists.grads[i].dtype, param.dtype) != param.dtype

@@ -252,14 +252,12 @@ def _collect(work: Work, groups: list[dict[str, Any]]) -> list[Batches]:
 
 
 def _bring_counts(work: Work, lists: TensorLists, options: Mapping[str, Any]) -> None:
-    """Step counts that lie where torch would not take them are moved to their parameters.
+    """Step counts and other scalars that lie where torch would not take them are moved.
 
-    So they do after training on one device goes on on another.
+    To their parameters: so they lie after training on one device goes on on another.
     """
-    if not lists.steps:
-        return
-    (key,) = work.rule.kernel.scalars
     beside = options.get("capturable") or options.get("fused")
-    for i, (param, step) in enumerate(zip(lists.params, lists.steps, strict=True)):
-        if step.device != param.device and (beside or not step.is_cpu):
-            lists.steps[i] = work.state[param][key] = step.to(param.device)
+    for key, role in zip(work.rule.kernel.scalars, (lists.steps, *lists.scalars), strict=False):
+        for i, (param, scalar) in enumerate(zip(lists.params, role, strict=True)):
+            if scalar.device != param.device and (beside or not scalar.is_cpu):
+                role[i] = work.state[param][key] = scalar.to(param.device)

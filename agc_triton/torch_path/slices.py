@@ -111,10 +111,13 @@ class Target(NamedTuple):
     params: list[Tensor]
     states: tuple[list[Tensor], ...]
 
-    def lists(self, grads: list[Tensor], steps: list[Tensor]) -> TensorLists:
-        """What to update, with these gradients; ``steps`` are those of all tensors, if any."""
-        own = [steps[slice_.member] for slice_ in self.slices] if steps else []
-        return TensorLists(self.params, grads, self.states, own)
+    def lists(self, grads: list[Tensor], steps: Tensors, scalars: Sequence[Tensors]) -> TensorLists:
+        """What to update, with these gradients; steps and scalars are those of all tensors."""
+        own, *others = (
+            [role[slice_.member] for slice_ in self.slices] if role else []
+            for role in (steps, *scalars)
+        )
+        return TensorLists(self.params, grads, self.states, own, tuple(others))
 
 
 def target_of(slices: list[Slice], params: Tensors, states: Sequence[Tensors]) -> Target:

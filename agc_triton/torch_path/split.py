@@ -18,7 +18,7 @@ from agc_triton.records import Page, UnitOrder, UnitRecords, Units
 from agc_triton.rule import Rule, TensorLists, Update, pick
 from agc_triton.sharded import axes_here, local, locals_of
 from agc_triton.snapshot import Look
-from agc_triton.torch_path.step import count_steps, counted_update
+from agc_triton.torch_path.step import count_steps, fused_update
 from agc_triton.units import UnitDim, unfolded
 
 
@@ -213,14 +213,14 @@ def _update_of(rule: Rule, group: Mapping[str, Any], lists: TensorLists) -> Upda
     if lists.params[0].device.type != "cpu":
         return lambda clipped: rule.update(clipped, group)
     tensors = chain(lists.params, lists.grads, *lists.states)
-    if not all(map(Tensor.is_contiguous, tensors)):
+    fused = fused_update(rule, group, lists.params[0].dtype)
+    if fused is None or not all(map(Tensor.is_contiguous, tensors)):
         options = {**group, "fused": False}
         return lambda clipped: rule.update(clipped, options)
-    counted = counted_update(rule, group, lists.params[0].dtype)
 
     def update(clipped: TensorLists) -> None:
         count_steps(clipped.steps)
-        counted(clipped)
+        fused(clipped)
 
     return update
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from agc_triton.nonfinite import SavedUnits, update_others
-from agc_triton.norms import ONE, Clip, as_computed, clip_factors, spread, unit_norms
+from agc_triton.norms import ONE, Clip, as_computed, clip_factors, clipped_rows_, spread, unit_norms
 from agc_triton.records import Units
-from agc_triton.rule import Rule, TensorLists, Update, pick
+from agc_triton.rule import Rule, TensorLists, Update
 from agc_triton.torch_path.blocks import Block
 from agc_triton.torch_path.plan import BlockList, BlockPlan
 from agc_triton.torch_path.scratch import Scratch
@@ -92,51 +92,82 @@ def count_steps(steps: list[Tensor]) -> None:
     torch._foreach_add_(steps, one, alpha=1)
 
 
-def counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update:
-    """The update of steps counted already: torch's fused kernels unless the user chose others."""
-    fused = group.get("fused")
-    if fused is None and group.get("foreach") is None:
-        fused = True
-    update = rule.fused(group, dtype) if fused else None
+class Counted(NamedTuple):
+    """An update in two parts, as a tensor's slices are updated one after the other.
+
+    ``advance`` moves the scalars of tensors on, once a step; ``update`` then takes steps that have
+    been counted, and other scalars as they were.
+    """
+
+    advance: Update
+    update: Update
+
+
+def counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Counted:
+    """Torch's fused kernels unless the user chose others, or there are none."""
+    update = fused_update(rule, group, dtype)
     if update is not None:
-        return update
+        return Counted(lambda lists: count_steps(lists.steps), update)
     options = {**group, "fused": False}
 
     def uncounted(lists: TensorLists) -> None:
-        rule.update(lists._replace(steps=[t - 1 for t in lists.steps]), options)
+        scalars = tuple([scalar.clone() for scalar in role] for role in lists.scalars)
+        rule.update(lists._replace(steps=[t - 1 for t in lists.steps], scalars=scalars), options)
 
-    return uncounted
+    def advance(lists: TensorLists) -> None:
+        if not lists.scalars:
+            return count_steps(lists.steps)
+        # How torch moves scalars on it alone knows: it updates nothing but these.
+        nothing = [torch.empty(0, dtype=dtype, device="cpu")] * len(lists.params)
+        states = tuple(nothing if role else [] for role in lists.states)
+        rule.update(lists._replace(params=nothing, grads=nothing, states=states), options)
+
+    return Counted(advance, uncounted)
+
+
+def fused_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> Update | None:
+    """Torch's fused kernels on steps that have been counted, unless the user chose others."""
+    fused = group.get("fused")
+    if fused is None and group.get("foreach") is None:
+        fused = True
+    return rule.fused(group, dtype) if fused else None
 
 
 def _step_blocks(
-    update: Update, listed: BlockList, lists: TensorLists, clip: Clip, grad_scale: Tensor | None
+    counted: Counted, listed: BlockList, lists: TensorLists, clip: Clip, grad_scale: Tensor | None
 ) -> None:
     """Block after block: norms, scaled gradients, torch's update."""
     own: Tensors = lists.grads
     if not listed.alike:
         own = {i: torch.empty_like(lists.params[i]).copy_(lists.grads[i]) for i in listed.indices}
     scratch = Scratch(listed.largest_room)
+    members = lists.select(listed.indices)
+    scalars = [
+        {i: scalar.clone() for i, scalar in zip(listed.indices, role, strict=True)}
+        for role in members.scalars
+    ]
     # All views first: between blocks that fill the caches each would take several times as long.
-    bound = [_bind(block, own, lists.steps, scratch) for block in listed.blocks]
-    counted = False
+    bound = [_bind(block, own, lists.steps, scalars, scratch) for block in listed.blocks]
+    begun = False
     for block, (grads, targets) in zip(listed.blocks, bound, strict=True):
         factors = block.factors(grads, clip, grad_scale, scratch)
-        if not counted:  # what interrupts the first norms leaves no step counted
-            count_steps(pick(listed.indices, lists.steps))
-            count_writes(pick(listed.indices, lists.params))
-            counted = True
+        if not begun:  # what interrupts the first norms leaves no step counted
+            counted.advance(members)
+            count_writes(members.params)
+            begun = True
         for theirs, target in targets:
             block.scale(theirs, factors, target.grads, scratch)
             if not clip.skip:
-                update(target)
+                counted.update(target)
             else:
-                _update_others(update, target, block.each(factors))
+                _update_others(counted.update, target, block.each(factors))
 
 
 def _bind(
     block: Block,
     own: Tensors,
     steps: list[Tensor],
+    scalars: Sequence[Tensors],
     scratch: Scratch,
 ) -> tuple[list[Tensor], list[tuple[list[Tensor], TensorLists]]]:
     """A block's gradients, and for every target its own and what to update.
@@ -148,7 +179,7 @@ def _bind(
     for target in block.targets:
         alone = target is block.whole
         theirs = grads if alone else [slice_.of(own) for slice_ in target.slices]
-        targets.append((theirs, target.lists(block.room(target, scratch), steps)))
+        targets.append((theirs, target.lists(block.room(target, scratch), steps, scalars)))
     return grads, targets
 
 
@@ -176,6 +207,10 @@ def _step_whole(
     grads = []
     bad: list[Tensor] = []
     for param, given, own in zip(lists.params, lists.grads, units, strict=True):
+        if given.layout is not torch.strided:
+            scaled = given.clone() if grad_scale is None else given / grad_scale.to(given.device)
+            grads.append(clipped_rows_(param, scaled, clip))
+            continue
         grad = _unscaled(given, param, grad_scale)
         if clip.skip:
             assert own is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from agc_triton.exchange import Pool
-from agc_triton.kernels import abi, rules
+from agc_triton.kernels import abi
 from agc_triton.kernels.begin import begin
 from agc_triton.kernels.fold import fold
 from agc_triton.kernels.step import step
@@ -27,6 +28,9 @@ DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+# Where rules are that do not name their module.
+RULES = "agc_triton.kernels.rules"
 
 # 32 resident warps per multiprocessor on every NVIDIA GPU since Volta; HIP has no such option.
 MAX_REGISTERS = 64
@@ -94,6 +98,12 @@ class Target(NamedTuple):
         return {**options, "launch_pdl": True} if pdl else options
 
 
+def rule_function(rule: KernelRule, suffix: str = "") -> Any:
+    """A rule's function on the device, or the one that prepares for it."""
+    module, _, name = rule.name.rpartition(":")
+    return getattr(importlib.import_module(module or RULES), name + suffix)
+
+
 def step_constexprs(
     shape: TileShape,
     kernel: Kernel,
@@ -106,7 +116,7 @@ def step_constexprs(
     """Compile-time arguments of `step`, in the order of its signature."""
     rule = kernel.rule
     return {
-        "RULE": getattr(rules, rule.name),
+        "RULE": rule_function(rule),
         "FLAGS": kernel.flags,
         "N_SCALARS": rule.n_scalars,
         "N_PREPARED": rule.prepared,
@@ -143,7 +153,7 @@ def begin_constexprs(plan: BucketPlan, kernel: Kernel, track: bool = False) -> d
     """Compile-time arguments of `begin`, in the order of its signature."""
     rule = kernel.rule
     return {
-        "PREPARE": getattr(rules, f"{rule.name}_prepare"),
+        "PREPARE": rule_function(rule, "_prepare"),
         "N_SCALARS": rule.n_scalars,
         "N_PREPARED": rule.prepared,
         "P_DTYPE": DTYPES[kernel.param],

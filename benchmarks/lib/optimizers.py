@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC, param_groups, unitwise_norm
+from agc_triton import param_groups, unitwise_norm
+from agc_triton.optim import OPTIMIZERS as REGISTRY
 
 
 class Optimizer(NamedTuple):
@@ -29,15 +31,26 @@ class Optimizer(NamedTuple):
 
 LR = 1e-9  # so small that weights, and so the share of clipped units, stay what they were
 UNFUSED = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
-MODES = {**UNFUSED, "fused": {"fused": True}}
-MOMENTUM = {"lr": LR, "momentum": 0.9}
 
-OPTIMIZERS = {
-    "sgd": Optimizer(torch.optim.SGD, SGD_AGC, MOMENTUM.copy(), 1, MODES, "fused"),
-    "adam": Optimizer(torch.optim.Adam, Adam_AGC, {"lr": LR}, 2, MODES, "fused"),
-    "adamw": Optimizer(torch.optim.AdamW, AdamW_AGC, {"lr": LR}, 2, MODES, "fused"),
-    "rmsprop": Optimizer(torch.optim.RMSprop, RMSprop_AGC, MOMENTUM.copy(), 2, UNFUSED, "for-loop"),
+# What an optimizer is measured with beside the learning rate; SGD is hardly ever used without
+# momentum, and Rprop's steps have sizes of their own.
+OWN: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9},
+    "RMSprop": {"momentum": 0.9},
+    "Rprop": {"step_sizes": (0.0, LR)},
 }
+
+
+def _measured(name: str, cls: Any) -> Optimizer:
+    torch_class, options = cls.torch_class(), {"lr": LR, **OWN.get(name, {})}
+    (group,) = cls([torch.zeros(1)], **options).param_groups
+    modes, fastest = UNFUSED, "for-loop"
+    if "fused" in inspect.signature(torch_class).parameters:
+        modes, fastest = {**UNFUSED, "fused": {"fused": True}}, "fused"
+    return Optimizer(torch_class, cls, options, len(cls.rule.kernel.states(group)), modes, fastest)
+
+
+OPTIMIZERS = {name.lower(): _measured(name, cls) for name, cls in REGISTRY.items()}
 
 
 def backend(optimizer: torch.optim.Optimizer) -> str:

@@ -83,6 +83,13 @@ def test_optimizers_ask_for_their_own_kernels() -> None:
         "AdamW": ("adam", 0, 2),
         "AdamW-amsgrad": ("adam", 1, 3),
         "RMSprop": ("rmsprop", 0, 1),
+        "Adagrad": ("adagrad", 0, 1),
+        "Adadelta": ("adadelta", 0, 2),
+        "Adamax": ("adamax", 0, 2),
+        "NAdam": ("nadam", 0, 2),
+        "RAdam": ("radam", 0, 2),
+        "ASGD": ("asgd", 0, 1),
+        "Rprop": ("rprop", 0, 2),
         "RMSprop-momentum": ("rmsprop", 2, 2),
         "RMSprop-centered-momentum": ("rmsprop", 3, 3),
     }

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.optim import SGD, Adam, AdamW, RMSprop
-
-from tests.support.optimizers import PAIRS
+from tests.support.optimizers import NAMES, PAIRS, STATEFUL, TORCHS
 
 STATE: dict[Any, dict[str, Any]] = {
-    SGD: {"lr": 0.1, "momentum": 0.9},
-    Adam: {"lr": 0.1, "amsgrad": True},
-    AdamW: {"lr": 0.1, "weight_decay": 0.1},
-    RMSprop: {"lr": 0.1, "momentum": 0.9, "centered": True},
+    TORCHS[name]: {**STATEFUL[name], "lr": 0.1, "maximize": False} for name in NAMES
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from agc_triton import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
-from tests.support.optimizers import STATEFUL, STATEFUL_CASES, build
+from tests.support.optimizers import STATEFUL, WAY_CASES, build
 from tests.support.places import DEVICE, KERNELS
 from tests.support.tensors import parameters, same, set_grads, weights
 from tests.support.training import train
@@ -99,7 +99,7 @@ class OnGpu(torch.Tensor):
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if DEVICE == "cuda" else [])])
-@pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
+@pytest.mark.parametrize(("name", "mode"), WAY_CASES)
 def test_the_torch_path_leaves_unscaling_to_the_scaler(name: str, mode: str, device: str) -> None:
     params = weights(device=device)
     optimizer: Any = build(name, params, {**STATEFUL[name], "backend": "torch"}, mode)

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from agc_triton import adaptive_clip_grad_
 from tests.support.checks import check_clipped, oracle_for, step_and_check, step_with
-from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, TRITON, build
+from tests.support.optimizers import CLIPPING, EACH_WAY, STATEFUL, TRITON, build
 from tests.support.places import DEVICE, KERNELS
 from tests.support.tensors import assign, grad_like, grads_like, same, weight, weights
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
-every_rule = pytest.mark.parametrize("name", NAMES)
+every_rule = pytest.mark.parametrize("name", EACH_WAY)
 
 
 def weight_and_grad(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def test_clipping_alone(dtype: torch.dtype) -> None:
         check_clipped(param, grad, param.grad)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_an_infinite_weight_without_decay_stays_infinite(name: str) -> None:
     start = weight((2, 3), device=DEVICE)
     start[0, 1] = torch.inf

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.support.checks import oracle_for, states_of, step_with
-from tests.support.optimizers import NAMES, STATEFUL, TRITON, build, stateful
+from tests.support.optimizers import EACH_WAY, STATEFUL, TRITON, build, stateful
 from tests.support.places import DEVICE, KERNELS
 from tests.support.tensors import TILE_SHAPES, assign, grads_like, same, weights
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 SHAPES = TILE_SHAPES[:2]
 LONG = (*SHAPES, TILE_SHAPES[3])  # with a unit that is summed in parts
 SCALE = 2.0**12  # a power of two scales exactly
-every_rule = pytest.mark.parametrize("name", NAMES)
+every_rule = pytest.mark.parametrize("name", EACH_WAY)
 
 
 def step_scaled(

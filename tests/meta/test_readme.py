@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from agc_triton import adaptive_clip_grad_
+from agc_triton.optim import OPTIMIZERS
 from tests.support.markdown import PAGES, ROOT, examples, links, run_examples
 from tests.support.tensors import same
 
@@ -100,3 +101,8 @@ def test_links_that_lead_nowhere_are_seen(tmp_path: Path) -> None:
         "# A (b) `c`\n[1](page.md#a-b-c) ![2](no.png) [3](#d)\n`[4](no.md)` [5](https://e.f)"
     )
     assert broken(page) == ["no.png", "#d"]
+
+
+def test_all_classes_are_in_the_table() -> None:
+    (row,) = [line for line in README.splitlines() if line.startswith("| `SGD`")]
+    assert re.findall(r"`(\w+)`", row.split("|")[1]) == list(OPTIMIZERS)

@@ -13,11 +13,10 @@ from torch import Tensor
 from agc_triton.torch_path import blocks
 from tests.support.checks import states_of, step_with
 from tests.support.optimizers import (
-    EACH_RULE,
+    EACH_WAY,
     MODES,
-    NAMES,
     STATEFUL,
-    STATEFUL_CASES,
+    WAY_CASES,
     Kwargs,
     build,
     low_precision,
@@ -31,9 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarnin
 
 NAN, INF = float("nan"), float("inf")
 OPTIONS: dict[str, Kwargs] = {
-    name: {**STATEFUL[name], "weight_decay": 0.1, "clipping": 0.05} for name in NAMES
+    name: {**STATEFUL[name], "weight_decay": 0.1, "clipping": 0.05} for name in EACH_WAY
 }
-every_name = pytest.mark.parametrize("name", NAMES)
+every_name = pytest.mark.parametrize("name", EACH_WAY)
 
 
 @pytest.fixture(params=["torch", "torch, alone", "triton"])
@@ -146,7 +145,7 @@ def test_skipped_units_keep_their_bits_and_others_go_on(name: str, backend: str)
 
 
 @pytest.mark.usefixtures("either_block")
-@pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
+@pytest.mark.parametrize(("name", "mode"), WAY_CASES)
 def test_every_mode_of_the_torch_path(name: str, mode: str) -> None:
     options = {**OPTIONS[name], **MODES[mode]}
     check_skips(name, placed(parameters(), "torch"), options, STEPS)
@@ -177,7 +176,7 @@ def test_blocks_that_cut_units(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     check_skips(name, params, OPTIONS[name], steps)
 
 
-@pytest.mark.parametrize("name", EACH_RULE)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_units_that_several_programs_share_are_counted_once(name: str) -> None:
     params = on_device([weight((2, 20_484)), weight((20_481,))])
     options = {**OPTIONS[name], "backend": "triton"}

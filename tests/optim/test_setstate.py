@@ -10,7 +10,7 @@ import pytest
 from torch.optim import Optimizer
 
 from agc_triton import AGC
-from tests.support.optimizers import NAMES, PAIRS, STATEFUL, build
+from tests.support.optimizers import EACH_WAY, PAIRS, STATEFUL, build
 from tests.support.places import KERNELS, Place
 from tests.support.tensors import SHAPES, same
 from tests.support.training import train
@@ -25,7 +25,7 @@ MAKE: dict[str, Callable[[str, Any, str], Any]] = {
         BASES[name](params, **STATEFUL[name]), clipping=CLIPPING, backend=backend
     ),
 }
-every_optimizer = pytest.mark.parametrize("name", NAMES)
+every_optimizer = pytest.mark.parametrize("name", EACH_WAY)
 every_make = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 

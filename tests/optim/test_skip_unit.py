@@ -10,8 +10,8 @@ from torch.nn import Parameter
 
 from tests.support.checks import nothing_changes
 from tests.support.optimizers import (
+    EACH_WAY,
     MODES,
-    NAMES,
     OURS,
     STATEFUL,
     Kwargs,
@@ -24,11 +24,11 @@ from tests.support.tensors import weight
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
 
 OPTIONS: dict[str, Kwargs] = {
-    name: {**STATEFUL[name], "weight_decay": 0.1, "clipping": 0.05} for name in NAMES
+    name: {**STATEFUL[name], "weight_decay": 0.1, "clipping": 0.05} for name in EACH_WAY
 }
 
 
-every_name = pytest.mark.parametrize("name", NAMES)
+every_name = pytest.mark.parametrize("name", EACH_WAY)
 
 
 def test_counts_outlive_plans(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.oracle import Oracle, Rounded
+from tests.support.formulas import SCALARS
+from tests.support.oracle import Oracle
+from tests.support.rounded import Rounded
 from tests.support.tolerances import TOLERANCES, Tolerance
 
 
@@ -42,7 +44,7 @@ class KernelOracle(Oracle):
         if self.entry is not self.compute:
             self.params = [self._stored(p) for p in self.params]
             self.states = [
-                {key: x if key == "step" else self._stored(x) for key, x in state.items()}
+                {key: x if key in SCALARS else self._stored(x) for key, x in state.items()}
                 for state in self.states
             ]
             self.tolerance = self.entry

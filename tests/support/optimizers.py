@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Optimizer
 
-import agc_triton
-from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
+from agc_triton.optim import OPTIMIZERS
+from tests.support.formulas import defaults
 
 Kwargs = Mapping[str, Any]
-PAIRS: dict[Any, Any] = {SGD: SGD_AGC, Adam: Adam_AGC, AdamW: AdamW_AGC, RMSprop: RMSprop_AGC}
-OURS = tuple(PAIRS.values())
-NAMES = ("SGD", "Adam", "AdamW", "RMSprop")
+NAMES = tuple(OPTIMIZERS)
+OURS: tuple[Any, ...] = tuple(OPTIMIZERS.values())
+PAIRS: dict[Any, Any] = {cls.torch_class(): cls for cls in OURS}
+TORCHS: dict[str, Any] = {name: cls.torch_class() for name, cls in OPTIMIZERS.items()}
 # One for each of the kernels' rules: Adam's is AdamW's, with one flag.
-EACH_RULE = ("SGD", "AdamW", "RMSprop")
+EACH_RULE = tuple(name for name in NAMES if name != "Adam")
+# One for each way through the paths: without steps, torch's fused kernels, one that is none of
+# torch's, scalars of its own, states from the start. What depends on no rule is shown with these.
+EACH_WAY = ("SGD", "AdamW", "RMSprop", "NAdam", "Adagrad")
 CLIPPING = 0.05  # about half of the units that tests have are over it
 TRITON: Kwargs = {"clipping": CLIPPING, "backend": "triton"}
 
@@ -29,55 +34,85 @@ ADAMW: Kwargs = {"lr": 0.5, "weight_decay": 0.1}
 MOMENTUM: Kwargs = {"lr": 0.5, "momentum": 0.9, "dampening": 0.4}
 
 
-def options(name: str, device: str = "cpu") -> dict[str, Kwargs]:
-    """By label, all that an optimizer's rule depends on; tensors are made anew on ``device``."""
-
-    def tensor(value: Any) -> Tensor:
-        return torch.tensor(value, device=device)
-
-    if name == "SGD":
-        return {
-            "plain": {"lr": 0.5},
-            "defaults": {},
-            "weight_decay": {"lr": 0.5, "weight_decay": 0.1},
-            "momentum": {"lr": 0.5, "momentum": 0.9},
-            "dampening": {"lr": 0.5, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1},
-            "nesterov": {"lr": 0.5, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-            "maximize": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
-            "Tensor lr": {"lr": tensor(0.5), "momentum": 0.9, "weight_decay": 0.1},
-            "Tensor lr of shape (1,)": {"lr": tensor([0.5])},
-        }
-    if name == "RMSprop":
-        return {
-            "plain": {"lr": 0.5},
-            "defaults": {},
-            "weight_decay": {"lr": 0.5, "weight_decay": 0.1},
-            "alpha, eps": {"lr": 0.5, "alpha": 0.5, "eps": 1e-3},
-            "momentum": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1},
-            "centered": {"lr": 0.5, "centered": True, "weight_decay": 0.1},
-            "everything": {"lr": 0.5, "centered": True, "momentum": 0.9, "maximize": True},
-            "L2 on momentum": {"lr": 0.5, "momentum": 0.9, "maximize": True, "weight_decay": 0.1},
-            "alpha 0": {"lr": 0.5, "alpha": 0.0, "eps": 1e-3},
-            "alpha 1": {"lr": 0.5, "alpha": 1.0, "eps": 10.0},
-            "Tensor lr": {"lr": tensor(0.5), "weight_decay": 0.1},
-            "Tensor lr of shape (1,)": {"lr": tensor([0.5]), "momentum": 0.9},
-        }
-    adam: dict[str, Kwargs] = {
-        "plain": {"lr": 0.5},
-        "defaults": {},
-        "weight_decay": {"lr": 0.5, "weight_decay": 0.1},
+def _adam(tensor: Callable[[Any], Tensor]) -> dict[str, Kwargs]:
+    return {
         "amsgrad": {"lr": 0.5, "weight_decay": 0.1, "amsgrad": True},
-        "maximize": {"lr": 0.5, "weight_decay": 0.1, "maximize": True},
         "betas, eps": {"lr": 0.5, "betas": (0.5, 0.75), "eps": 1e-3},
-        "Tensor lr": {"lr": tensor(0.5), "weight_decay": 0.1},
         "Tensor lr of shape (1,), betas": {
             "lr": tensor([0.5]),
             "betas": (tensor([[0.8]]), tensor(0.9)),
             "amsgrad": True,
         },
     }
-    decoupled = {"lr": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": True}
-    return {**adam, "decoupled": decoupled} if name == "Adam" else adam
+
+
+# What an optimizer has beside what most have in common (`options`).
+OWN: dict[str, Callable[[Callable[[Any], Tensor]], dict[str, Kwargs]]] = {
+    "SGD": lambda tensor: {
+        "momentum": {"lr": 0.5, "momentum": 0.9},
+        "dampening": {"lr": 0.5, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1},
+        "nesterov": {"lr": 0.5, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        "maximize": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+        "Tensor lr": {"lr": tensor(0.5), "momentum": 0.9, "weight_decay": 0.1},
+        "Tensor lr of shape (1,)": {"lr": tensor([0.5])},
+    },
+    "Adam": lambda tensor: {
+        **_adam(tensor),
+        "decoupled": {"lr": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    },
+    "AdamW": _adam,
+    "RMSprop": lambda tensor: {
+        "alpha, eps": {"lr": 0.5, "alpha": 0.5, "eps": 1e-3},
+        "momentum": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1},
+        "centered": {"lr": 0.5, "centered": True, "weight_decay": 0.1},
+        "everything": {"lr": 0.5, "centered": True, "momentum": 0.9, "maximize": True},
+        "L2 on momentum": {"lr": 0.5, "momentum": 0.9, "maximize": True, "weight_decay": 0.1},
+        "alpha 0": {"lr": 0.5, "alpha": 0.0, "eps": 1e-3},
+        "alpha 1": {"lr": 0.5, "alpha": 1.0, "eps": 10.0},
+        "Tensor lr of shape (1,)": {"lr": tensor([0.5]), "momentum": 0.9},
+    },
+    "Adagrad": lambda tensor: {
+        "lr_decay": {"lr": 0.5, "lr_decay": 0.5, "weight_decay": 0.1},
+        "started": {"lr": 0.5, "initial_accumulator_value": 0.5, "eps": 1e-3},
+    },
+    "Adadelta": lambda tensor: {"rho, eps": {"lr": 0.5, "rho": 0.5, "eps": 1e-3}},
+    "Adamax": lambda tensor: {"betas, eps": {"lr": 0.5, "betas": (0.5, 0.75), "eps": 1e-2}},
+    "NAdam": lambda tensor: {
+        "decoupled": {"lr": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        "momentum_decay": {"lr": 0.5, "betas": (0.5, 0.75), "eps": 1e-3, "momentum_decay": 1.0},
+    },
+    "RAdam": lambda tensor: {
+        "decoupled": {"lr": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        "betas, eps": {"lr": 0.5, "betas": (0.5, 0.875), "eps": 1e-3},
+    },
+    "ASGD": lambda tensor: {
+        "averaging": {"lr": 0.5, "lambd": 0.1, "alpha": 0.5, "t0": 0.0, "weight_decay": 0.1},
+        "late average": {"lr": 0.5, "lambd": 0.1, "t0": 2.0},
+    },
+    "Rprop": lambda tensor: {
+        "etas": {"lr": 0.5, "etas": (0.25, 1.5)},
+        "step_sizes": {"lr": 0.5, "step_sizes": (0.4, 0.55)},
+    },
+}
+# Steps until a rule has taken all of its ways: RAdam rectifies from the sixth on.
+STEPS = {"RAdam": 6}
+
+
+def options(name: str, device: str = "cpu") -> dict[str, Kwargs]:
+    """By label, all that an optimizer's rule depends on; tensors are made anew on ``device``."""
+
+    def tensor(value: Any) -> Tensor:
+        return torch.tensor(value, device=device)
+
+    decay = {"weight_decay": 0.1} if "weight_decay" in defaults(name) else {}
+    common: dict[str, Kwargs] = {
+        "plain": {"lr": 0.5},
+        "defaults": {},
+        "weight_decay": {"lr": 0.5, **decay},
+        "maximize": {"lr": 0.5, **decay, "maximize": True},
+        "Tensor lr": {"lr": tensor(0.5), **decay},
+    }
+    return {**common, **OWN[name](tensor)}
 
 
 # For what does not depend on the rule: every state there is.
@@ -86,6 +121,13 @@ STATEFUL: dict[str, Kwargs] = {
     "Adam": options("Adam")["amsgrad"],
     "AdamW": options("AdamW")["amsgrad"],
     "RMSprop": options("RMSprop")["everything"],
+    "Adagrad": options("Adagrad")["lr_decay"],
+    "Adadelta": options("Adadelta")["weight_decay"],
+    "Adamax": options("Adamax")["weight_decay"],
+    "NAdam": options("NAdam")["decoupled"],
+    "RAdam": options("RAdam")["decoupled"],
+    "ASGD": options("ASGD")["averaging"],
+    "Rprop": options("Rprop")["etas"],
 }
 MODES: dict[str, Kwargs] = {
     "default": {},
@@ -96,22 +138,28 @@ MODES: dict[str, Kwargs] = {
 }
 
 
+def takes(name: str, argument: str) -> bool:
+    """Whether torch's class has an argument."""
+    return argument in inspect.signature(TORCHS[name]).parameters
+
+
 def supported(name: str, options: Kwargs, mode: str) -> bool:
     """Whether torch.optim takes this combination."""
-    if name == "RMSprop":
-        return "fused" not in mode
-    tensors = isinstance(options.get("lr"), Tensor) and name != "SGD"
+    if not takes(name, "fused") and "fused" in mode:
+        return False
+    tensors = isinstance(options.get("lr"), Tensor) and name in ("Adam", "AdamW")
     return not (tensors and mode == "foreach")
 
 
 STATEFUL_CASES = [
     (name, mode) for name in NAMES for mode in MODES if supported(name, STATEFUL[name], mode)
 ]
+WAY_CASES = [case for case in STATEFUL_CASES if case[0] in EACH_WAY]
 
 
 def low_precision(name: str, options: Kwargs) -> Kwargs:
     """With an eps that is not 0 in fp16; squares of small gradients are: no variance to center."""
-    eps = {} if name == "SGD" else {"eps": 0.1}
+    eps = {"eps": 0.1} if "eps" in defaults(name) else {}
     return {**options, **eps, **({"centered": False} if name == "RMSprop" else {})}
 
 
@@ -122,5 +170,5 @@ def stateful(name: str, dtype: torch.dtype = torch.float32) -> Kwargs:
 
 def build(name: str, params: Any, options: Kwargs, mode: str = "default") -> Optimizer:
     """The AGC class of a torch.optim name."""
-    optimizer: Optimizer = getattr(agc_triton, f"{name}_AGC")(params, **options, **MODES[mode])
+    optimizer: Optimizer = OPTIMIZERS[name](params, **options, **MODES[mode])
     return optimizer

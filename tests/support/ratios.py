@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agc_triton.records import Latest
-from tests.support.oracle import Array, as_float64
+from tests.support.rounded import Array, as_float64
 
 # Ratios are fp32, of norms that are fp32 too.
 RTOL = 1e-5

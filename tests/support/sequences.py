@@ -13,9 +13,10 @@ from torch.nn import Parameter
 
 from tests.support.checks import oracle_for
 from tests.support.disk import on_disk
+from tests.support.formulas import SCALARS, defaults
 from tests.support.guards import Guarded
 from tests.support.optimizers import build
-from tests.support.oracle import Oracle
+from tests.support.oracle import AGC, Oracle
 from tests.support.places import DEVICE, Place
 from tests.support.ratios import check_ratios, latest, ratios_of
 from tests.support.tensors import GRAD_LAYOUTS, grad_like, same, weight
@@ -40,10 +41,16 @@ OWN: dict[str, dict[str, list[Any]]] = {
     "Adam": {"betas": [(0.9, 0.999), (0.5, 0.75)]},
     "AdamW": {"betas": [(0.9, 0.999), (0.5, 0.75)]},
     "RMSprop": {"alpha": [0.99, 0.5]},
+    "Adagrad": {"lr_decay": [0.1, 0.0]},
+    "Adadelta": {"rho": [0.9, 0.5]},
+    "Adamax": {"betas": [(0.9, 0.999), (0.5, 0.75)]},
+    "NAdam": {"betas": [(0.9, 0.999), (0.5, 0.75)], "decoupled_weight_decay": [False, True]},
+    "RAdam": {"betas": [(0.9, 0.999), (0.5, 0.75)], "decoupled_weight_decay": [False, True]},
+    "ASGD": {"lambd": [0.1, 0.01], "alpha": [0.5, 1.0], "t0": [0.0, 2.0]},
+    "Rprop": {"etas": [(0.5, 1.2), (0.25, 1.5)], "step_sizes": [(0.01, 0.5)]},
 }
 # Values that decide which states there are: torch.optim cannot change these later.
 FIXED: dict[str, dict[str, list[Any]]] = {
-    "SGD": {},
     "Adam": {"amsgrad": [False, True]},
     "AdamW": {"amsgrad": [False, True]},
     "RMSprop": {"centered": [False, True], "momentum": [0.0, 0.9]},
@@ -70,6 +77,7 @@ class Loop(Training):
     ) -> None:
         self.name, self.backend, self.dtypes, self.data = name, backend, dtypes, data
         self.device = DEVICE if backend == "triton" else "cpu"
+        self.known = {*defaults(name), *AGC}
         self.given = {
             "backend": backend,
             "nonfinite": self.draw(["propagate", "skip_unit", "raise"]),
@@ -84,14 +92,17 @@ class Loop(Training):
         self.seed = 0
         groups = [self._group() for _ in range(data.draw(st.integers(1, 2)))]
         super().__init__(name, groups, clipping=0.1, **self.given)
+        for param, entry in self.optimizer.state.items():  # Adagrad's are there from the start
+            self.kept[param] = self.kept[param][0], {k: x.clone() for k, x in entry.items()}
 
     def draw(self, values: Sequence[Any]) -> Any:
         return self.data.draw(st.sampled_from(values))
 
     def _group(self) -> dict[str, Any]:
         params = [self._param() for _ in range(self.data.draw(st.integers(1, 2)))]
-        values = {**COMMON, **OWN[self.name], **FIXED[self.name]}
-        if self.name != "SGD":
+        values = {**COMMON, **OWN[self.name], **FIXED.get(self.name, {})}
+        values = {key: given for key, given in values.items() if key in self.known}
+        if "eps" in self.known:
             values["eps"] = EPS[self.dtypes]
         if self.dtypes is NARROW:
             values.pop("centered", None)
@@ -144,7 +155,7 @@ class Loop(Training):
         value, state = self.kept[p]
         # What is not dense, or laid out unlike its states, is not for torch's fused kernels.
         states = self.optimizer.state.get(p, {})
-        laid_out = [torch.empty_like(p), *(x for key, x in states.items() if key != "step")]
+        laid_out = [torch.empty_like(p), *(x for key, x in states.items() if key not in SCALARS)]
         alike = all(x.stride() == p.stride() for x in laid_out)
         fused = alike and group["clipping"] and not group["foreach"]
         mode = "default" if fused else "not fused"
@@ -200,7 +211,7 @@ class Loop(Training):
     def change_option(self) -> None:
         group = self.draw(self.groups)
         values = {**COMMON, **OWN[self.name]}
-        key = self.draw(list(values))
+        key = self.draw([key for key in values if key in self.known])
         group[key] = self.draw(values[key])
 
     def go_on_from_a_checkpoint(self) -> None:
@@ -230,7 +241,7 @@ class Loop(Training):
             if not along:
                 self.optimizer.state.pop(param, None)
                 state = {}
-            for key in entry.keys() - {"step"} if along else ():
+            for key in entry.keys() - {*SCALARS} if along else ():
                 entry[key], state = entry[key].to(dtype), {**state, key: state[key].to(dtype)}
             self.kept[param] = value.to(dtype), state
 
@@ -241,7 +252,7 @@ class Loop(Training):
     def move_states(self) -> None:
         for param in self.some():
             entry = self.optimizer.state.get(param, {})
-            for key in entry.keys() - {"step"}:
+            for key in entry.keys() - {*SCALARS}:
                 given = self.data.draw(strided(entry[key].cpu(), holes=True))
                 entry[key].fill_(torch.nan)
                 entry[key] = given.to(self.device)

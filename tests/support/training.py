@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tests.support.checks import oracle_for, states_of
+from tests.support.formulas import defaults
 from tests.support.optimizers import STATEFUL, TRITON, build
-from tests.support.oracle import AGC, RULES, Oracle
+from tests.support.oracle import AGC, Oracle
 from tests.support.places import DEVICE, Place
 from tests.support.tensors import grads_like, parameters, set_grads
 
@@ -36,7 +37,7 @@ def with_states(name: str, params: Any, backend: str = "torch", **options: Any) 
 
 def options_of(name: str, group: Mapping[str, Any]) -> dict[str, Any]:
     """What an oracle takes of a group's options."""
-    return {key: group[key] for key in (*RULES[name][1], *AGC) if key in group}
+    return {key: group[key] for key in (*defaults(name), *AGC) if key in group}
 
 
 class Training:

@@ -12,13 +12,13 @@ import torch
 import agc_triton.triton_path.launches
 from tests.support.checks import nothing_changes
 from tests.support.disk import on_disk
-from tests.support.optimizers import EACH_RULE, NAMES, STATEFUL, STATEFUL_CASES, build
+from tests.support.optimizers import EACH_WAY, STATEFUL, WAY_CASES, build
 from tests.support.places import DEVICE
 from tests.support.tensors import parameters, same, set_grads, weight
 from tests.support.training import on_backend, train, with_states
 
 BACKENDS = ("torch", "triton")
-every_name = pytest.mark.parametrize("name", NAMES)
+every_name = pytest.mark.parametrize("name", EACH_WAY)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -128,7 +128,7 @@ def interrupt(patch: pytest.MonkeyPatch, backend: str, call: int) -> None:
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 @every_backend
-@pytest.mark.parametrize("name", EACH_RULE)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
     name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +171,7 @@ def test_what_interrupts_the_first_norms_changes_nothing(
 
 @every_name
 def test_a_hyperparameter_that_is_none_changes_nothing(name: str) -> None:
-    key = {"SGD": "dampening", "RMSprop": "eps"}.get(name, "betas")
+    key = {"SGD": "dampening", "RMSprop": "eps", "Adagrad": "eps"}.get(name, "betas")
     params, others = parameters(), parameters()
     optimizer, expected = (
         with_states(name, [{"params": p[:2]}, {"params": p[2:]}]) for p in (params, others)
@@ -209,7 +209,7 @@ def test_after_an_exception_in_a_closure_the_next_step_is_as_ever(name: str, bac
 
 
 @pytest.mark.parametrize("clipping", [0.01, 0.0])
-@pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
+@pytest.mark.parametrize(("name", "mode"), WAY_CASES)
 def test_a_misshapen_state_of_the_last_group_is_refused(
     name: str, mode: str, clipping: float
 ) -> None:

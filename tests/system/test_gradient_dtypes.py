@@ -15,8 +15,8 @@ from tests.support.checks import check_clipped, oracle_for, states_of, step_and_
 from tests.support.optimizers import (
     CLIPPING,
     EACH_RULE,
-    STATEFUL_CASES,
     TRITON,
+    WAY_CASES,
     build,
     stateful,
 )
@@ -68,7 +68,7 @@ def test_follows_the_oracle(
     check(name, place, dtype, grad_dtype)
 
 
-@pytest.mark.parametrize(("name", "mode"), STATEFUL_CASES)
+@pytest.mark.parametrize(("name", "mode"), WAY_CASES)
 def test_follows_the_oracle_in_every_mode(name: str, mode: str) -> None:
     if mode != "differentiable":  # its parameters are no leaves
         check(name, CPU, f32, bf16, mode)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from agc_triton import adaptive_clip_grad_
 from tests.support.optimizers import MODES, build
-from tests.support.oracle import as_float64, clip, exact
+from tests.support.oracle import clip
+from tests.support.rounded import as_float64, exact
 from tests.support.tolerances import TOLERANCES
 
 EXACT_SCALES = (torch.float32, torch.float64, torch.bfloat16)  # the range of fp16 is too narrow

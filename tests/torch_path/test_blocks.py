@@ -12,8 +12,9 @@ from torch import Tensor
 from agc_triton import adaptive_clip_grad_
 from agc_triton.torch_path import blocks
 from tests.support.checks import check_steps, states_of, step_with
-from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, STATEFUL_CASES, build
-from tests.support.oracle import AGC, Oracle, as_float64, assert_within, clip, exact
+from tests.support.optimizers import CLIPPING, EACH_WAY, STATEFUL, WAY_CASES, build
+from tests.support.oracle import AGC, Oracle, assert_within, clip
+from tests.support.rounded import as_float64, exact
 from tests.support.tensors import grad_like, grads_like, in_order, weight
 from tests.support.tolerances import TOLERANCES
 
@@ -38,7 +39,7 @@ WALKS: dict[str, tuple[Callable[[], Tensor], int | None, tuple[int, ...]]] = {
     "one unit": (lambda: weight((37,)), None, ONE_UNIT),
     "complex rows": (lambda: weight((6, 5), torch.complex64), None, (*ROWS, 59, 60, 61)),
 }
-CASES = [case for case in STATEFUL_CASES if case[1] in ("default", "not fused")]
+CASES = [case for case in WAY_CASES if case[1] in ("default", "not fused")]
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
@@ -88,7 +89,7 @@ def test_the_functional_form_follows_the_oracle(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize(("block", "joined"), [(8, 8), (16, 8), (1000, 8), (16, 0), (1000, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_batches_of_small_tensors(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, block: int, joined: int
 ) -> None:
@@ -101,7 +102,7 @@ def test_batches_of_small_tensors(
     check_steps(name, "default", [weight(shape, dtype, seed=i) for i, shape in enumerate(shapes)])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_parameters_larger_than_a_block(name: str) -> None:
     rows, inner = blocks.BLOCK // 1000 + 6, blocks.BLOCK // 10_000 + 1
     params = [weight((rows, 1000)), in_order(weight((10, 1000, inner)), (2, 0, 1))]

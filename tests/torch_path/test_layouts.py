@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support.checks import check_steps, oracle_for, states_of, step_with
-from tests.support.optimizers import CLIPPING, STATEFUL, STATEFUL_CASES, build
+from tests.support.optimizers import CLIPPING, STATEFUL, WAY_CASES, build
 from tests.support.oracle import Oracle
 from tests.support.places import Place
 from tests.support.tensors import GRAD_LAYOUTS, grads_like, in_order
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("either_block")
 # Adam's tensors go the way of AdamW's, and fused=True goes the default way.
 CASES = [
     (name, mode)
-    for name, mode in STATEFUL_CASES
+    for name, mode in WAY_CASES
     if name != "Adam" and mode in ("default", "foreach", "not fused")
 ]
 all_cases = pytest.mark.parametrize(("name", "mode"), CASES)

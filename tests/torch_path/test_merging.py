@@ -11,7 +11,7 @@ from torch import Tensor
 from agc_triton.torch_path.merging import merged
 from tests.optim.test_errors import assert_says
 from tests.support.checks import nothing_changes
-from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, build
+from tests.support.optimizers import CLIPPING, EACH_WAY, STATEFUL, build
 from tests.support.places import Place
 from tests.support.tensors import SHAPES, set_grads
 from tests.support.training import Training, train
@@ -37,7 +37,7 @@ def test_groups_of_equal_options_are_taken_together() -> None:
     assert together(names) == together(groups)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_steps_follow_the_oracle_while_options_come_and_go(name: str, torch_place: Place) -> None:
     params = torch_place.weights(SHAPES)
     options = {**STATEFUL[name], "clipping": CLIPPING, "backend": "torch"}

@@ -13,22 +13,25 @@ from torch import Tensor
 from agc_triton import adaptive_clip_grad_
 from agc_triton.norms import norm_dtype
 from tests.support.checks import check_clipped, oracle_for, states_of, step_and_check, step_with
-from tests.support.optimizers import CLIPPING, NAMES, Kwargs, build
-from tests.support.oracle import Rounded, assert_within
+from tests.support.optimizers import CLIPPING, EACH_WAY, Kwargs, build
+from tests.support.oracle import assert_within
 from tests.support.places import DEVICE, KERNELS, Place
 from tests.support.plans import tile_shapes
+from tests.support.rounded import Rounded
 from tests.support.tensors import grad_like, same
 
 # numpy, which the interpreter computes with, warns of squares that overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
 
-every_name = pytest.mark.parametrize("name", NAMES)
+every_name = pytest.mark.parametrize("name", EACH_WAY)
 
 OPTIONS: dict[str, Kwargs] = {
     "SGD": {"lr": 0.5, "momentum": 0.9},
     "Adam": {"lr": 0.5, "amsgrad": True},
     "AdamW": {"lr": 0.5, "weight_decay": 0.1},
     "RMSprop": {"lr": 0.5, "momentum": 0.9},
+    "NAdam": {"lr": 0.5, "weight_decay": 0.1},
+    "Adagrad": {"lr": 0.5, "lr_decay": 0.1},
 }
 LEAST_SCALE, LARGEST_SCALE = -44, 30  # powers of ten; fp32's denormals end at the least
 
@@ -49,7 +52,7 @@ def overflows(tensor: Tensor) -> Tensor:
 
 # The interpreter mistakes denormals of bf16, which squares of gradients are.
 SCALED = [
-    *((name, dtype) for name in NAMES for dtype in (torch.float32, torch.float64)),
+    *((name, dtype) for name in EACH_WAY for dtype in (torch.float32, torch.float64)),
     ("SGD", torch.bfloat16),
 ]
 

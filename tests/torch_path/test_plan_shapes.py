@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.checks import nothing_changes
-from tests.support.optimizers import NAMES, STATEFUL, build
+from tests.support.optimizers import EACH_WAY, STATEFUL, build
 from tests.support.tensors import parameters, set_grads
 from tests.support.training import train
 
@@ -30,7 +30,7 @@ def reshaped(param: Any) -> None:
 
 @pytest.mark.parametrize("change", [grown, shrunk, reshaped])
 @pytest.mark.parametrize("mode", ["default", "foreach"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_states_of_another_shape_are_refused_before_anything_changes(
     name: str, mode: str, change: Callable[[Any], None]
 ) -> None:
@@ -53,7 +53,7 @@ def test_states_of_another_shape_are_refused_before_anything_changes(
     train(ours, params, range(2, 4))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_a_state_replaced_by_one_of_another_shape_is_refused(name: str) -> None:
     params = parameters([(4, 3), (6, 5)])
     optimizer = build(name, [{"params": [p]} for p in params], STATEFUL[name])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.optimizers import CLIPPING, NAMES, build, stateful
+from tests.support.optimizers import CLIPPING, EACH_WAY, build, stateful
 from tests.support.places import DEVICE
 from tests.support.ranks import shared
 from tests.support.tensors import grad_like, weight
@@ -26,7 +26,7 @@ f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
     ids=str,
 )
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip_unit"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_step_as_units_of_what_lies_here(
     name: str,
     nonfinite: str,

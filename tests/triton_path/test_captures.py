@@ -18,14 +18,14 @@ from agc_triton import adaptive_clip_grad_, dispatch
 from agc_triton.triton_path.launches import Launch
 from agc_triton.triton_path.tables import CAPTURES
 from tests.support.checks import check_clipped, oracle_for, states_of
-from tests.support.optimizers import CLIPPING, EACH_RULE, STATEFUL, TRITON, build
+from tests.support.optimizers import CLIPPING, EACH_WAY, STATEFUL, TRITON, build
 from tests.support.places import DEVICE, KERNELS
 from tests.support.ratios import check_ratios, latest, ratios_of
 from tests.support.tensors import TILE_SHAPES, assign, grads_like, same, weights
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu/test_graphs.py captures there")
 
-every_rule = pytest.mark.parametrize("name", EACH_RULE)
+every_rule = pytest.mark.parametrize("name", EACH_WAY)
 
 
 class Graph:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.support.checks import nothing_changes, oracle_for, states_of
 from tests.support.guards import Guarded
-from tests.support.optimizers import ADAMW, MOMENTUM, NAMES, PAIRS, STATEFUL
+from tests.support.optimizers import ADAMW, EACH_WAY, MOMENTUM, PAIRS, STATEFUL
 from tests.support.places import DEVICE, KERNELS, few_weights
 from tests.support.tensors import grad_like, moved, same, weight
 from tests.support.training import Training
@@ -21,7 +21,7 @@ from tests.support.training import Training
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "torch.optim's"])
 def test_state_is_loaded(name: str, ours: bool) -> None:
     options = STATEFUL[name]
@@ -190,7 +190,7 @@ def roundtrip(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 @pytest.mark.parametrize("relaid", [lambda t: t.t_(), lambda t: setattr(t, "data", t.data.t())])
 def test_states_are_transposed_in_place(name: str, relaid: Callable[[Tensor], Any]) -> None:
     training = Training(name, [weight((5, 5), device=DEVICE)], **STATEFUL[name])
@@ -202,7 +202,7 @@ def test_states_are_transposed_in_place(name: str, relaid: Callable[[Tensor], An
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, roundtrip], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_copies_leave_the_original_alone(name: str, copied: Callable[[Any], Any]) -> None:
     training = Training(name, few_weights(), **STATEFUL[name])
     training.train()
@@ -243,7 +243,7 @@ def test_groups_of_adamw_that_do_not_say_how_to_decay(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", EACH_WAY[1:])
 def test_steps_counted_in_another_dtype(name: str, dtype: torch.dtype) -> None:
     training = Training(name, few_weights(), **STATEFUL[name])
     training.train()

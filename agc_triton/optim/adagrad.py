@@ -1,0 +1,61 @@
+"""Adagrad with adaptive gradient clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.adagrad import Adagrad, adagrad
+
+from agc_triton.optim.functional import arguments, rule_of
+from agc_triton.optim.optimizer import AGCOptimizer
+from agc_triton.rule import TensorLists, Update, number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+
+    from agc_triton.units import UnitDim
+
+_KEYS = ("lr", "lr_decay", "eps", "weight_decay")
+
+
+def _fused(group: Mapping[str, Any], _dtype: torch.dtype) -> Update:
+    options: dict[str, Any] = {k: number(x) for k, x in arguments(group, _KEYS).items()}
+    kernel: Any = torch._fused_adagrad_
+    options["maximize"] = bool(group["maximize"])
+
+    def update(lists: TensorLists) -> None:
+        kernel(lists.params, lists.grads, *lists.states, lists.steps, **options)
+
+    return update
+
+
+class Adagrad_AGC(AGCOptimizer, Adagrad):
+    """torch.optim.Adagrad with adaptive gradient clipping."""
+
+    rule = rule_of(adagrad, _KEYS, ("sum",), prepared=3, fused=_fused, sparse=True)
+
+    if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-2,
+            lr_decay: float = 0,
+            weight_decay: float = 0,
+            initial_accumulator_value: float = 0,
+            eps: float = 1e-10,
+            foreach: bool | None = None,
+            *,
+            maximize: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            clipping: float | None = 1e-2,
+            agc_eps: float = 1e-3,
+            unit_dim: UnitDim = None,
+            backend: str = "auto",
+            nonfinite: str = "propagate",
+            track_clipping: int = 0,
+        ) -> None: ...

@@ -1,0 +1,50 @@
+"""RAdam with adaptive gradient clipping."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.optim.radam import RAdam, radam
+
+from agc_triton.optim.functional import rule_of
+from agc_triton.optim.optimizer import AGCOptimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+
+    from agc_triton.units import UnitDim
+
+
+class RAdam_AGC(AGCOptimizer, RAdam):
+    """torch.optim.RAdam with adaptive gradient clipping."""
+
+    rule = rule_of(
+        radam,
+        ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"),
+        ("exp_avg", "exp_avg_sq"),
+        prepared=8,
+    )
+
+    if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float, float] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            decoupled_weight_decay: bool = False,
+            *,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            capturable: bool = False,
+            differentiable: bool = False,
+            clipping: float | None = 1e-2,
+            agc_eps: float = 1e-3,
+            unit_dim: UnitDim = None,
+            backend: str = "auto",
+            nonfinite: str = "propagate",
+            track_clipping: int = 0,
+        ) -> None: ...
