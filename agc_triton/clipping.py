@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agc_triton.dispatch import Clipper
-from agc_triton.norms import Clip, clip_factors, row_norms, spread, unit_norms
+from agc_triton.norms import Clip, clipped_rows_, spread, unit_norms
 from agc_triton.options import AGC_OPTIONS
 from agc_triton.records import Recording, UnitOrder, UnitRecords
 from agc_triton.routing import check_backend
@@ -168,19 +167,19 @@ def clip_groups_(
             if group["clipping"] and param.grad is not None:
                 _check(param, param.grad, group, index, i)
     dense: list[dict[str, Any]] = []
-    sparse: list[tuple[Tensor, Clip]] = []
+    sparse: list[tuple[Tensor, Mapping[str, Any]]] = []
     for group in groups:
         params = group["params"] if group["clipping"] else []
         others = [p for p in params if p.grad is not None and p.grad.layout is not torch.strided]
-        sparse += [(p, Clip.of(group)) for p in others]
+        sparse += [(p, group) for p in others]
         if others:
             params = [p for p in params if p.grad is None or p.grad.layout is torch.strided]
         names = {"param_names": group["param_names"]} if "param_names" in group else {}
         dense.append({**{key: group[key] for key in AGC_OPTIONS}, **names, "params": params})
     others = [group for group in groups if not group["clipping"]]
     recording = clipper.clip_(dense, others, backend, tracked)
-    for param, clip in sparse:
-        _clip_sparse_rows_(param, clip, recording)
+    for param, group in sparse:
+        _clip_sparse_rows_(param, group, recording)
 
 
 def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i: int) -> None:
@@ -192,21 +191,12 @@ def _check(param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int, i:
         check_sparse_rows(param, grad, group["unit_dim"], tensor_name(group, index, i))
 
 
-def _clip_sparse_rows_(param: Tensor, clip: Clip, recording: Recording) -> None:
-    """Clip a row-sparse gradient, each row present against its row of the parameter.
-
-    The ratios of rows that are not there are NaN.
-    """
-    grad = param.grad
-    assert grad is not None
-    if not grad.is_coalesced():
-        grad = param.grad = grad.coalesce()
-    p_norms, g_norms = row_norms(param, grad, clip.unit_dim)
+def _clip_sparse_rows_(param: Tensor, group: Mapping[str, Any], recording: Recording) -> None:
+    """Clip a row-sparse gradient, each row that is there against its row of the parameter."""
+    clip, units = Clip.of(group, recording), None
     if recording.number is not None:
         order = UnitOrder.of_norms(param, clip.unit_dim)
         page = recording.records.page(param.device, [(param, order)])
-        ratios = (g_norms / p_norms.clamp(min=clip.agc_eps)).reshape(-1).to(page.ratios.dtype)
-        rows = grad.indices()[0] if order.sizes else slice(None)
-        page.ratios.fill_(math.nan)[rows] = ratios
         page.numbers.fill_(recording.number)
-    grad.values().mul_(clip_factors(p_norms, g_norms, clip))
+        units = page.units()
+    param.grad = clipped_rows_(param, param.grad, clip, units)

@@ -122,12 +122,14 @@ def row_norms(param: Tensor, grad: Any, unit_dim: UnitDim) -> tuple[Tensor, Tens
     return norms_over(weight, dims), norms_over(grad.values(), dims)
 
 
-def clipped_rows_(param: Tensor, grad: Any, clip: Clip) -> Tensor:
+def clipped_rows_(param: Tensor, grad: Any, clip: Clip, units: Units | None) -> Tensor:
     """A row-sparse gradient, each row that is there clipped against its row of the parameter.
 
-    It is clipped in place where it is coalesced, else a copy of it is.
+    It is clipped in place where it is coalesced, else a copy of it is. ``units`` are the records of
+    all rows, where there are any.
     """
     coalesced: Tensor = grad if grad.is_coalesced() else grad.coalesce()
-    factors = clip_factors(*row_norms(param, coalesced, clip.unit_dim), clip)
+    own = units and units.of_rows(coalesced.indices()[0])
+    factors = clip_factors(*row_norms(param, coalesced, clip.unit_dim), clip, own)
     coalesced.values().mul_(factors)
     return coalesced

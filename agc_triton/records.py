@@ -57,13 +57,20 @@ class UnitOrder(NamedTuple):
 
 
 class Units:
-    """The records of some units that follow each other, on one device."""
+    """The records of some units that follow each other, on one device.
 
-    def __init__(self, skips: Tensor, ratios: Tensor) -> None:
-        self._skips, self._ratios = skips, ratios
+    With ``rows`` those of a gradient that has just these of them; others have no ratio then.
+    """
+
+    def __init__(self, skips: Tensor, ratios: Tensor, rows: Tensor | None = None) -> None:
+        self._skips, self._ratios, self._rows = skips, ratios, rows
 
     def __getitem__(self, at: slice) -> Units:
         return Units(self._skips[at], self._ratios[at])
+
+    def of_rows(self, rows: Tensor) -> Units:
+        """Those of a row-sparse gradient, if the rows are units at all."""
+        return Units(self._skips, self._ratios, rows) if len(self._ratios) > 1 else self
 
     def skip(self, g_norms: Tensor) -> Tensor:
         """Which of these to leave alone, shaped as the norms; they are counted.
@@ -77,7 +84,11 @@ class Units:
     def track(self, p_norms: Tensor, g_norms: Tensor, agc_eps: float) -> None:
         """Keep their ratios."""
         ratios = g_norms.detach() / p_norms.detach().clamp(min=agc_eps)
-        self._ratios.copy_(_all_of(ratios).reshape(-1))
+        own = _all_of(ratios).reshape(-1)
+        if self._rows is None:
+            self._ratios.copy_(own)
+        else:
+            self._ratios.fill_(math.nan)[self._rows] = own.to(self._ratios.dtype)
 
 
 class Page:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agc_triton import AGC, adaptive_clip_grad_, unitwise_norm
+from tests.support.optimizers import build
 from tests.support.places import DEVICE
 from tests.support.ratios import RTOL, check_ratios, latest, ratios_of
 from tests.support.tensors import assign, grads_like, in_order, same, weight, weights
@@ -86,9 +87,14 @@ def test_what_has_no_units_has_no_ratios() -> None:
 
 
 @pytest.mark.parametrize("unit_dim", [0, "tensor"])
-def test_rows_of_sparse_gradients(unit_dim: Any) -> None:
+@pytest.mark.parametrize("kind", ["wrapped", "Adagrad"])
+def test_rows_of_sparse_gradients(kind: str, unit_dim: Any) -> None:
     table, dense = weight((6, 4), device=DEVICE), weight((2, 3), device=DEVICE, seed=1)
-    optimizer = AGC(torch.optim.SGD([table, dense], lr=0.1), unit_dim=unit_dim, track_clipping=1)
+    own = {"unit_dim": unit_dim, "track_clipping": 1, "backend": "torch"}
+    if kind == "wrapped":
+        optimizer: Any = AGC(torch.optim.SGD([table, dense], lr=0.1), **own)
+    else:
+        optimizer = build(kind, [table, dense], own)
     values = weight((3, 4), device=DEVICE, seed=2)
     rows = torch.tensor([[4, 1, 4]], device=DEVICE)
     table.grad = torch.sparse_coo_tensor(rows, values, table.shape, check_invariants=True)
@@ -102,3 +108,11 @@ def test_rows_of_sparse_gradients(unit_dim: Any) -> None:
     records = latest(optimizer, [table, dense])
     check_ratios(records[0], expected, 1)
     check_ratios(records[1], ratios_of(before[1], of_dense, unit_dim), 1)
+
+
+def test_sparse_gradients_of_groups_without_clipping_are_left_out() -> None:
+    table = weight((6, 4), device=DEVICE)
+    optimizer: Any = build("Adagrad", [table], {"clipping": 0, "track_clipping": 1})
+    table.grad = weight((6, 4), device=DEVICE, seed=1).to_sparse(1)
+    optimizer.step()
+    assert latest(optimizer, [table]) == [None]

@@ -69,10 +69,12 @@ class BlockPlan:
         self._pages: list[Page] = []
         if records is not None:
             found = [block for listed in self.block_lists for block in listed.blocks]
+            # Without a clip nobody has looked at what else there is.
             dense = [i for i in self.whole if lists.grads[i].layout is torch.strided]
-            of_whole = dense, lists.params, owners, group["unit_dim"]
-            self.whole_units, self._pages = record_whole(records, *of_whole)
-            self._pages += record_blocks(records, found, owners, group["unit_dim"])
+            taken, unit_dim = dense if clip is None else self.whole, group["unit_dim"]
+            of_whole = record_whole(records, taken, lists.params, owners, unit_dim)
+            self.whole_units, self._pages = of_whole
+            self._pages += record_blocks(records, found, owners, unit_dim)
 
     def number(self, number: int) -> None:
         """What ratios are kept from now on are of this step."""

@@ -209,7 +209,7 @@ def _step_whole(
     for param, given, own in zip(lists.params, lists.grads, units, strict=True):
         if given.layout is not torch.strided:
             scaled = given.clone() if grad_scale is None else given / grad_scale.to(given.device)
-            grads.append(clipped_rows_(param, scaled, clip))
+            grads.append(clipped_rows_(param, scaled, clip, own))
             continue
         grad = _unscaled(given, param, grad_scale)
         if clip.skip:

@@ -185,7 +185,7 @@ class Loop(Training):
                     value, _ = self.kept[param]
                     options = group["unit_dim"], group["agc_eps"]
                     check_ratios(record, ratios_of(value, param.grad, *options), number)
-                elif record is not None:
+                elif record is not None and param.numel():
                     assert record.number != number
 
     def some(self) -> list[Tensor]:
