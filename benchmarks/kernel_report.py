@@ -26,8 +26,8 @@ from tqdm import tqdm
 from agc_triton import routing
 from agc_triton.optim import OPTIMIZERS as REGISTRY
 from agc_triton.triton_path.buckets import BucketPlan, TensorUnits, plan_buckets
+from agc_triton.triton_path.compiling import Kernel
 from agc_triton.triton_path.launch_group import kernel_layout
-from agc_triton.triton_path.launches import Kernel
 from benchmarks.lib.arguments import check_file, parser_of
 from benchmarks.lib.compiled import (
     MAX_WARPS_PER_SM,

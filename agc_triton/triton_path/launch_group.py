@@ -22,8 +22,9 @@ from agc_triton.rule import KernelRule, number
 from agc_triton.sharded import is_sharded, layout_here, locals_of
 from agc_triton.snapshot import bug
 from agc_triton.triton_path.buckets import TensorUnits, plan_buckets
+from agc_triton.triton_path.compiling import Kernel
 from agc_triton.triton_path.gradients import Gradients, grad_dtype
-from agc_triton.triton_path.launches import Kernel, PlacedRecords, StepLauncher
+from agc_triton.triton_path.launches import PlacedRecords, StepLauncher
 from agc_triton.triton_path.tables import Tables
 from agc_triton.units import UnitDim, UnitLayout
 from agc_triton.validation import check_options

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from agc_triton.kernels.begin import begin
 from agc_triton.kernels.fold import fold
 from agc_triton.kernels.step import step
-from agc_triton.triton_path import launches
+from agc_triton.triton_path import compiling
 from agc_triton.triton_path.buckets import BucketPlan, TileShape
 
 # Per multiprocessor (NVIDIA's tuning guides: A100, H100, H200).
@@ -31,7 +31,7 @@ class MachineCode(NamedTuple):
     """What one compiled kernel needs and does; accesses by width in bits, per thread.
 
     ``evict_first`` counts those of any width that leave the caches first, ``waits`` and
-    ``triggers`` the instructions that order overlapping launches.
+    ``triggers`` the instructions that order overlapping compiling.
     """
 
     registers: int
@@ -45,37 +45,37 @@ class MachineCode(NamedTuple):
 
 @functools.cache
 def compile_step(
-    shape: TileShape, kernel: launches.Kernel, arch: str, first: bool = True, last: bool = True
+    shape: TileShape, kernel: compiling.Kernel, arch: str, first: bool = True, last: bool = True
 ) -> Any:
     """`step` for one tile shape, by its place in the step; ``arch`` is 80, 90, ... or gfx942."""
     target = target_of(arch)
-    constexprs = launches.step_constexprs(shape, kernel, target, first=first, last=last)
+    constexprs = compiling.step_constexprs(shape, kernel, target, first=first, last=last)
     options = target.options(shape.num_warps, target.pdl)
     return _compile(step, constexprs, kernel.compute, options, arch)
 
 
 @functools.cache
-def compile_fold(kernel: launches.Kernel, arch: str) -> Any:
+def compile_fold(kernel: compiling.Kernel, arch: str) -> Any:
     """`fold`, for units that ranks share."""
-    options = target_of(arch).options(launches.FOLD_WARPS, pdl=False)
-    return _compile(fold, launches.fold_constexprs(), kernel.compute, options, arch)
+    options = target_of(arch).options(compiling.FOLD_WARPS, pdl=False)
+    return _compile(fold, compiling.fold_constexprs(), kernel.compute, options, arch)
 
 
-def target_of(arch: str) -> launches.Target:
+def target_of(arch: str) -> compiling.Target:
     """What kernels are compiled for there."""
     hip = arch.startswith("gfx")
-    return launches.Target(hip, pdl=not hip and int(arch) >= 90, stream=not hip)
+    return compiling.Target(hip, pdl=not hip and int(arch) >= 90, stream=not hip)
 
 
-def compile_begin(plan: BucketPlan, kernel: launches.Kernel, arch: str) -> Any:
+def compile_begin(plan: BucketPlan, kernel: compiling.Kernel, arch: str) -> Any:
     """`begin`, which every step of this plan opens with."""
-    constexprs = launches.begin_constexprs(plan, kernel)
+    constexprs = compiling.begin_constexprs(plan, kernel)
     return _compile_begin(tuple(constexprs.items()), kernel.compute, arch)
 
 
 @functools.cache
 def _compile_begin(constexprs: tuple[tuple[str, Any], ...], compute: torch.dtype, arch: str) -> Any:
-    options = target_of(arch).options(launches.BEGIN_WARPS, pdl=False)
+    options = target_of(arch).options(compiling.BEGIN_WARPS, pdl=False)
     return _compile(begin, dict(constexprs), compute, options, arch)
 
 
@@ -109,7 +109,7 @@ def _compile(
 
 @functools.cache
 def step_code(
-    shape: TileShape, kernel: launches.Kernel, arch: str, first: bool = True, last: bool = True
+    shape: TileShape, kernel: compiling.Kernel, arch: str, first: bool = True, last: bool = True
 ) -> MachineCode:
     """Resources and accesses of `step` for one tile shape on an NVIDIA GPU."""
     compiled = compile_step(shape, kernel, arch, first, last)

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from agc_triton import routing
-from agc_triton.triton_path.launches import Kernel
+from agc_triton.triton_path.compiling import Kernel
 from benchmarks import kernel_report
 from benchmarks.kernel_report import BANDWIDTH, DTYPES, OPTIMIZERS, kernel_of, plan_model
 from benchmarks.lib.compiled import MachineCode, read_machine_code, resident_warps
@@ -161,7 +161,7 @@ COMPILE = """
 import inspect, re, torch, triton
 from triton.runtime import jit
 from agc_triton.triton_path.buckets import TensorUnits, TileShape, ideal_shape, plan_buckets
-from agc_triton.triton_path.launches import step_constexprs
+from agc_triton.triton_path.compiling import step_constexprs
 from agc_triton.units import UnitLayout
 from benchmarks.kernel_report import kernel_of
 from benchmarks.lib.compiled import compile_begin, compile_fold, compile_step

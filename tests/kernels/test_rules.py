@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import agc_triton.triton_path.launches
+import agc_triton.triton_path.compiling
 from tests.support.checks import oracle_for, states_of, step_and_check, step_with, values_of
 from tests.support.optimizers import (
     CLIPPING,
@@ -237,7 +237,7 @@ def test_what_scratch_memory_held_does_not_matter(name: str) -> None:
 
 
 def test_more_tensors_than_one_program_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agc_triton.triton_path.launches, "PREPARE_BLOCK", 2)
+    monkeypatch.setattr(agc_triton.triton_path.compiling, "PREPARE_BLOCK", 2)
     params = weights([(3,)] * 5, device=DEVICE)
     options = {"lr": 0.5, "momentum": 0.9, **TRITON}
     optimizer, oracle = build("SGD", params, options), oracle_for("SGD", params, KERNELS, **options)

@@ -41,9 +41,9 @@ class Driver:
 
 driver.set_active(Driver())
 from agc_triton import AdamW_AGC, SGD_AGC, routing
-from agc_triton.triton_path import launches
+from agc_triton.triton_path import compiling
 
-launches.Target.of = classmethod(lambda cls, device: cls(hip=False, pdl=True, stream=True))
+compiling.Target.of = classmethod(lambda cls, device: cls(hip=False, pdl=True, stream=True))
 routing.interpreted = lambda: True  # so that CPU tensors get there
 shapes = (4, 768), (9,), (3, 30_000)
 for cls, options in ((AdamW_AGC, {}), (SGD_AGC, {"momentum": 0.9, "nonfinite": "skip_unit"})):
