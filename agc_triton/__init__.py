@@ -1,5 +1,6 @@
 """Adaptive gradient clipping fused with the optimizer update."""
 
+from agc_triton.choosing.suggest import suggest_clipping
 from agc_triton.clipping import adaptive_clip_grad_, unitwise_norm
 from agc_triton.model.groups import param_groups
 from agc_triton.optim import (
@@ -34,5 +35,6 @@ __all__ = [
     "Rprop_AGC",
     "adaptive_clip_grad_",
     "param_groups",
+    "suggest_clipping",
     "unitwise_norm",
 ]

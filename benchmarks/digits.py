@@ -84,7 +84,10 @@ def train(name: str, lr: float, seed: int, epochs: int, data: Digits) -> Iterato
     torch.manual_seed(seed)
     on = data.train_images.device
     net = NFNet(CLASSES).to(on)
-    optimizer = build_optimizer(name, net, lr)
+    optimizer: Any = build_optimizer(name, net, lr)
+    clips = isinstance(optimizer, SGD_AGC)
+    if clips:
+        optimizer.track_clipping()
     count = len(data.train_images)
     steps = math.ceil(count / BATCH)
     scheduler = warmup_and_cosine(optimizer, epochs * steps, WARMUP_EPOCHS * steps)
@@ -108,6 +111,7 @@ def train(name: str, lr: float, seed: int, epochs: int, data: Digits) -> Iterato
             "train_loss": total / count,
             "test_loss": test_loss,
             "test_accuracy": accuracy,
+            "clipped": optimizer.clip_log()["clipped"] if clips else math.nan,
             "seconds": time.perf_counter() - start,
             "backend": backend(optimizer),
         }
@@ -194,28 +198,33 @@ def _listed(lrs: pd.Index[Any]) -> str:
 
 
 def plot(epochs: pd.DataFrame, path: Path) -> None:
-    """Loss above, accuracy below, one column per learning rate: median and range of the seeds."""
+    """Loss, accuracy and clipped units by learning rate: median and range of the seeds."""
     broken = summarize(epochs)[["broken_runs", "runs"]].astype(str).agg(" of ".join, axis="columns")
     finite = np.isfinite(epochs["train_loss"] + epochs["test_loss"])
     capped = epochs["train_loss"].where(finite, math.inf).clip(upper=LOSS_CAP)
     epochs = epochs.assign(finite=finite, train_loss=capped)
     lrs = sorted(epochs["lr"].unique())
-    figure = Figure(figsize=(4.2 * len(lrs), 7), layout="constrained")
-    axes = figure.subplots(2, len(lrs), sharex=True, sharey="row", squeeze=False)
-    for (loss, accuracy), lr in zip(axes.T, lrs, strict=True):
+    figure = Figure(figsize=(4.2 * len(lrs), 9), layout="constrained")
+    axes = figure.subplots(3, len(lrs), sharex=True, sharey="row", squeeze=False)
+    for (loss, accuracy, clipped), lr in zip(axes.T, lrs, strict=True):
         counts = ", ".join(f"{name} {broken[lr, name]}" for name in COLORS)
         loss.set_title(f"learning rate {lr:g}\nbroken runs: {counts}", fontsize=10)
         loss.set(yscale="log", ylim=(1e-3, 1.5 * LOSS_CAP))
-        accuracy.set(ylim=(0, 1), xlim=(0.5, epochs["epoch"].max() + 0.5), xlabel="epoch")
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+        accuracy.set(ylim=(0, 1), xlim=(0.5, epochs["epoch"].max() + 0.5))
+        clipped.set(ylim=(0, 0.5), xlabel="epoch")
+        for ax in (accuracy, clipped):
+            ax.yaxis.set_major_formatter(PercentFormatter(1))
         accuracy.axhline(1 / CLASSES, color="gray", linestyle=":", label="guessing")
         for name, color in COLORS.items():
             runs = epochs[(epochs["lr"] == lr) & (epochs["optimizer"] == name)]
             _draw(loss, runs, "train_loss", name, color)
             _draw(accuracy, runs, "test_accuracy", name, color)
+            if runs["clipped"].notna().any():
+                _draw(clipped, runs, "clipped", name, color)
         accuracy.plot([], [], "kx", label="loss no longer finite: run stopped")
     axes[0, 0].set_ylabel(f"training loss (capped at {LOSS_CAP:g})")
     axes[1, 0].set_ylabel("test accuracy")
+    axes[2, 0].set_ylabel("units clipped, last step")
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(

@@ -49,6 +49,7 @@ PAGES = """
 
 docs/api
 docs/groups
+docs/choosing-clipping
 docs/backends
 docs/distributed
 docs/checkpoints

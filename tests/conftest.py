@@ -19,6 +19,7 @@ interpret_without_gpu()  # before anything that imports agc_triton.kernels
 # What a GPU's machine may have to do without (`make test-gpu`), and the tests that need it.
 NEEDED = {
     "benchmarks": ("matplotlib", "pandas", "sklearn", "tqdm"),
+    "choosing": ("matplotlib", "pandas"),
     "examples": ("pandas", "tqdm"),
     "gpu/test_benchmarks.py": ("matplotlib", "pandas", "tqdm"),
     "meta": ("grimp", "importlinter", "pandas"),

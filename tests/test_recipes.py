@@ -43,6 +43,16 @@ def test_the_head_is_left_unclipped() -> None:
     assert {group["clipping"] for group in groups} == {0.0, 0.02}
 
 
+def test_the_clips_log_in_a_loop() -> None:
+    logged: list[dict[str, float]] = []
+    names = run_recipe(
+        "The clip's log in a loop", model=network(DEVICE), batches=BATCHES, log=logged.append
+    )
+    assert len(logged) == len(BATCHES) // 4
+    assert all(0 <= numbers["agc/clipped"] <= 1 for numbers in logged)
+    names["monitor"].close()
+
+
 def test_the_lr_finder_leaves_everything_as_it_was() -> None:
     model = network(DEVICE)
     before = copy.deepcopy(model.state_dict())

@@ -12,6 +12,7 @@ from benchmarks.lib.bn_resnet import BNResNet
 from benchmarks.lib.cnn import CNN
 from benchmarks.lib.nfnet import NFNet
 from benchmarks.lib.peers import imported
+from benchmarks.lib.transformer import Transformer
 
 OWN = "demo_nfnet"
 DEFAULT = "dm_nfnet_f0"
@@ -23,6 +24,7 @@ LARGE = (32, 64, 128)  # and a stage more
 SMALL: dict[str, Callable[[int, int, int], nn.Module]] = {
     OWN: lambda pixels, classes, channels: NFNet(classes, channels),
     "cnn": CNN,
+    "transformer": Transformer,
     "nf_resnet": lambda pixels, classes, channels: NFNet(classes, channels, WIDTHS),
     "nf_resnet_large": lambda pixels, classes, channels: NFNet(classes, channels, LARGE),
     "bn_resnet": lambda pixels, classes, channels: BNResNet(classes, channels, WIDTHS),

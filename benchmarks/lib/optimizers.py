@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from agc_triton import param_groups, unitwise_norm
+from agc_triton import param_groups
 from agc_triton.optim import OPTIMIZERS as REGISTRY
 
 
@@ -68,18 +68,6 @@ def for_training(name: str, model: nn.Module, lr: float, clipping: float) -> tor
     chosen, options = OPTIMIZERS[name], FOR_TRAINING.get(name, {})
     make = chosen.agc_class if clipping else chosen.torch_class
     return make(param_groups(model, clipping=clipping), lr=lr, **options)
-
-
-@torch.no_grad()
-def share_clipped(groups: Iterable[dict[str, Any]]) -> float:
-    """Of all units of groups that are clipped, the share whose gradient is over its limit now."""
-    over = []
-    for group in groups:
-        for p in group["params"] if group["clipping"] else []:
-            norm, of_grad = (unitwise_norm(x, group["unit_dim"]) for x in (p, p.grad))
-            over.append(of_grad > group["clipping"] * norm.clamp(min=group["agc_eps"]))
-    units = sum(o.numel() for o in over)
-    return sum(int(o.sum()) for o in over) / units if units else float("nan")
 
 
 def minimal_bytes(optimizer: str, params: Iterable[Tensor]) -> int:

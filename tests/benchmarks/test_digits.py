@@ -16,8 +16,11 @@ from benchmarks.lib.nfnet import NFNet
 
 COLUMNS = [
     *("optimizer", "lr", "clipping", "seed", "epoch", "train_loss", "test_loss", "test_accuracy"),
-    *("seconds", "backend", "diverged", "batch", "torch", "device", "threads"),
+    *("clipped", "seconds", "backend", "diverged", "batch", "torch", "device", "threads"),
 ]
+
+# Of a row, what is another in each run, and what torch's optimizer has none of.
+PASSING = ("seconds", "clipped")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def curves(
     data: digits.Digits, name: str, lr: float, epochs: int, seed: int = 0
 ) -> list[dict[str, Any]]:
     rows = digits.train(name, lr, seed, epochs, data)
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in PASSING} for row in rows]
 
 
 def test_only_the_head_is_not_clipped() -> None:
@@ -114,6 +117,9 @@ def test_csv_has_every_epoch_and_the_picture_is_drawn(
     assert rows[["seconds", "torch", "device"]].notna().all(axis=None)
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert set(rows["backend"]) == {"torch"}
+    assert rows["clipped"].between(0, 1, inclusive="right").tolist() == [
+        name == "SGD_AGC" for name in rows["optimizer"]
+    ]
     printed = capsys.readouterr().out
     assert str(tmp_path / "digits.csv") in printed
     assert "SGD's steps by torch, SGD_AGC's steps by torch." in printed

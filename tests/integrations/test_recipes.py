@@ -11,7 +11,10 @@ import pytest
 import timm
 import torch
 import transformers
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import GeneralTracker
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+from lightning.pytorch.loggers import CSVLogger
 from timm.optim import Lookahead
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,7 +23,9 @@ from agc_triton import SGD_AGC, AdamW_AGC
 from tests.support.bases import SAM
 from tests.support.recipes import batches_of, loss_of, network, run_recipe, sections
 
-OTHERS = {"timm", "timm's factory", "Lightning", "transformers", "Accelerate"}
+TRAINERS = ("Lightning", "transformers", "Accelerate")
+OTHERS = {"timm", "timm's factory", *TRAINERS}
+LOGS = {f"The clip's log {how}" for how in ("in a loop", *(f"with {name}" for name in TRAINERS))}
 PLAIN = {"Averages of weights: EMA and SWA", "LR finder", "SAM", "Lookahead"}
 PLAIN |= {"Muon and Adafactor", "LBFGS", "Sparse embeddings", "Optimizer in backward"}
 BATCHES = batches_of(8)
@@ -39,7 +44,7 @@ def unclipped(optimizer: Any, model: nn.Module) -> set[str]:
 
 
 def test_every_recipe_has_a_test() -> None:
-    assert set(sections()) == OTHERS | PLAIN
+    assert set(sections()) == OTHERS | LOGS | PLAIN
 
 
 def test_timm() -> None:
@@ -154,6 +159,64 @@ def test_accelerate() -> None:
     names = run_recipe("Accelerate", model=model, batches=BATCHES)
     assert loss_of(names["model"], BATCHES) < before
     assert unclipped(names["optimizer"], model) == {"3.weight", "3.bias"}
+
+
+def test_the_clips_log_with_lightning(tmp_path: Path) -> None:
+    inputs, labels = (torch.cat(parts) for parts in zip(*BATCHES, strict=True))
+    logger = CSVLogger(tmp_path)
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": logger,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=8)
+    heading = "The clip's log with Lightning"
+    run_recipe(heading, model=network(), batches=loader, trainer_options=options)
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    assert "agc/clipped" in rows[0]
+    assert len(rows) == 1 + len(BATCHES) // 4
+
+
+def test_the_clips_log_with_transformers(tmp_path: Path) -> None:
+    options = {**trainer_options(tmp_path), "logging_steps": 2}
+    heading = "The clip's log with transformers"
+    names = run_recipe(heading, model=bert(), rows=ROWS, training_options=options)
+    history = names["trainer"].state.log_history
+    assert [row["step"] for row in history if "agc/clipped" in row] == [2, 4, 6]
+
+
+class Tracker(GeneralTracker):  # type: ignore[misc]  # installed for these tests only
+    """Keeps what Accelerate logs."""
+
+    name = "kept"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[dict[str, float]] = []
+
+    @property
+    def tracker(self) -> Any:
+        return self.logged
+
+    def store_init_configuration(self, values: Any) -> None:
+        pass
+
+    def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+        self.logged.append(values)
+
+
+def test_the_clips_log_with_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before
+    GradientState._reset_state()
+    tracker = Tracker()
+    options = {"cpu": True, "log_with": tracker}
+    heading = "The clip's log with Accelerate"
+    run_recipe(heading, model=network(), batches=BATCHES, accelerator_options=options)
+    assert len(tracker.logged) == len(BATCHES) // 2 // 2
+    assert all(0 <= numbers["agc/clipped"] <= 1 for numbers in tracker.logged)
 
 
 def test_lookahead_and_sam_with_timms_lookahead() -> None:

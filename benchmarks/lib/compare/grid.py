@@ -87,8 +87,26 @@ _SHORT = Part(
 )
 _SHORT_CNN = replace(_SHORT, models=("cnn",), seeds=2)
 _SHORT_RESNET = replace(_SHORT, models=("nf_resnet",), pixels=14)
+_TRANSFORMER = Part(
+    models=("transformer",),
+    clippings=(0.0, 0.0025, 0.01, 0.04, 0.16, 0.64),
+    batches=(256,),
+    epochs=24,
+)
 GRIDS = {
     "digits": (Part(),),
+    # How much clipping is too much, for docs/choosing-clipping.md: half an hour on two cores.
+    "choosing": (
+        Part(
+            models=("demo_nfnet",),
+            clippings=(0.0, 0.0025, 0.01, 0.02, 0.04, 0.08, 0.16, 0.64),
+            batches=(512,),
+            lrs=(0.8, 3.2),
+            epochs=30,
+        ),
+        replace(_TRANSFORMER, optimizers=("adamw",), lrs=(0.004, 0.016)),
+        replace(_TRANSFORMER, optimizers=("sgd",), lrs=(0.4, 1.6)),
+    ),
     "fashion": (
         *(_SHORT_CNN, _SHORT_RESNET),
         # Where runs with the same settings end far apart.

@@ -22,7 +22,7 @@ from benchmarks.lib.data.sets import Dataset, chunks
 from benchmarks.lib.learning import is_broken, warmup_and_cosine
 from benchmarks.lib.machine import device_name, timestamp
 from benchmarks.lib.networks import classifier
-from benchmarks.lib.optimizers import backend, for_training, share_clipped
+from benchmarks.lib.optimizers import backend, for_training
 from benchmarks.lib.versions import our_version, triton_version
 
 # Larger batches go through the network in chunks whose gradients add up, so that memory is bounded.
@@ -105,6 +105,7 @@ class Training:
         # The last batch of an epoch is left out where it is not whole.
         self.steps = len(data.train) // run.batch
         self.scheduler = warmup_and_cosine(self.optimizer, run.epochs * self.steps, self.steps)
+        self.tracked = False
 
     def epoch(self) -> Row:
         """Train once over the images, then test."""
@@ -136,10 +137,12 @@ class Training:
                 (loss / len(batch)).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
                 total += loss.detach()
                 right += (logits.argmax(1) == labels).sum()
-            if step == self.steps - 1:
-                self._look_at_clipping()
+            if step == self.steps - 1 and self.run.clipping and not self.tracked:
+                self._agc.track_clipping(self.steps, warn=False)  # in later epochs the last too
+                self.tracked = True
             self.optimizer.step()
             self.scheduler.step()
+        self._look_at_clipping()
         count = self.steps * self.run.batch
         return total.item() / count, right.item() / count
 
@@ -165,10 +168,16 @@ class Training:
         return F.cross_entropy(logits.float(), labels, reduction="sum"), logits
 
     def _look_at_clipping(self) -> None:
-        """The share of units that this step will clip, and what it took to look."""
-        start = self._now()
-        self.clipped = share_clipped(self.optimizer.param_groups)
-        self.aside = self._now() - start
+        """The share of units that the last step has clipped, and what it took to look."""
+        if self.run.clipping:
+            start = self._now()
+            self.clipped = self._agc.clip_log()["clipped"]
+            self.aside = self._now() - start
+
+    @property
+    def _agc(self) -> Any:
+        """The optimizer, where it clips."""
+        return self.optimizer
 
     def _now(self) -> float:
         """Seconds, when a GPU has done what it was given."""

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from torch.optim import Optimizer
 
-from agc_triton import SGD_AGC
+from agc_triton import unitwise_norm
 from benchmarks.lib import optimizers
 from benchmarks.lib.compare import training
 from benchmarks.lib.compare.training import COLUMNS, Training, Where, data_of, train
 from benchmarks.lib.networks import classifier
-from benchmarks.lib.optimizers import for_training, share_clipped
+from benchmarks.lib.optimizers import for_training
 from tests.benchmarks.compare.runs import RUN, lasting
 from tests.support.places import DEVICE
 
@@ -72,15 +73,25 @@ def test_both_arms_leave_the_same_parameters_undecayed() -> None:
     assert clipped == {p: 0 if p in head else 0.01 for p in net.parameters()}
 
 
-def test_the_share_of_clipped_units_is_counted() -> None:
-    weight, bias = torch.ones(4, 2, device=ON), torch.ones(2, 3, device=ON)
-    params = [torch.nn.Parameter(p) for p in (weight, bias)]
-    optimizer = SGD_AGC(
-        [{"params": params[:1], "clipping": 0.5}, {"params": params[1:], "clipping": 0.0}], lr=0.1
-    )
-    params[0].grad = torch.tensor([0.49, 0.51, 3, 0], device=ON)[:, None].expand(4, 2).clone()
-    params[1].grad = torch.full_like(bias, 100)
-    assert share_clipped(optimizer.param_groups) == 0.5
+def test_the_share_of_clipped_units_is_that_of_the_last_batch(where: Where) -> None:
+    run = RUN._replace(clipping=0.01)
+    made = Training(run, data_of(run, where), ON)
+    shares: list[float] = []
+
+    def look(optimizer: Optimizer, *_: object) -> None:
+        over = [
+            unitwise_norm(p.grad, group["unit_dim"])
+            > run.clipping * unitwise_norm(p, group["unit_dim"]).clamp(min=group["agc_eps"])
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if group["clipping"]
+        ]
+        shares.append(torch.cat([o.flatten() for o in over]).double().mean().item())
+
+    made.optimizer.register_step_pre_hook(look)
+    found = [made.epoch()["share_of_units_clipped"] for _ in range(2)]
+    assert found == pytest.approx([shares[1], shares[3]])
+    assert shares[2] != shares[3]
 
 
 def test_a_run_ends_where_its_loss_is_not_finite(where: Where) -> None:
