@@ -17,6 +17,7 @@ from agc_triton.nonfinite import check_nonfinite
 from agc_triton.optim.attributes import CheckedOption
 from agc_triton.optim.documentation import documented, merged_signature
 from agc_triton.optim.groups import check_keys, name_unnamed
+from agc_triton.optim.loading import load_scalars
 from agc_triton.optim.tracking import ClipTracking
 from agc_triton.options import AGC_OPTIONS, check_levels
 from agc_triton.routing import check_backend, check_group_backend, may_use_triton
@@ -122,6 +123,22 @@ class AGCOptimizer(ClipTracking, Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what this class or torch's has saved.
+
+        Raises:
+            ValueError: a checkpoint that this optimizer cannot go on from; nothing is loaded then.
+        """
+        loaded: list[Any] = []
+        # Last of the hooks, which may give another one.
+        look = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            look.remove()
+        load_scalars(self, loaded[-1], self.rule.kernel.scalars)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: torch's three entries and ours; counts start again."""

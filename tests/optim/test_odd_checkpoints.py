@@ -10,9 +10,18 @@ import torch
 from torch.nn import Linear
 from torch.optim import Adam, AdamW, RMSprop
 
-from agc_triton import SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
+from agc_triton import (
+    SGD_AGC,
+    Adadelta_AGC,
+    Adam_AGC,
+    Adamax_AGC,
+    AdamW_AGC,
+    RAdam_AGC,
+    RMSprop_AGC,
+    Rprop_AGC,
+)
 from tests.support.disk import on_disk
-from tests.support.optimizers import OURS, PAIRS
+from tests.support.optimizers import PAIRS
 from tests.support.places import DEVICE
 from tests.support.tensors import parameters, same
 from tests.support.training import train
@@ -82,11 +91,16 @@ OLD_GROUPS: dict[Any, dict[str, Any]] = {
     Adam_AGC: {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0},
     AdamW_AGC: {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1},
     RMSprop_AGC: {"lr": 0.01, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0, "momentum": 0},
+    # Adagrad's, NAdam's and ASGD's had numbers beside the count too.
+    Adadelta_AGC: {"lr": 0.5, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.1},
+    Adamax_AGC: {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0},
+    RAdam_AGC: {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0},
+    Rprop_AGC: {"lr": 0.01, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)},
 }
 
 
 @pytest.mark.parametrize("with_agc_options", [True, False])
-@pytest.mark.parametrize("cls", OURS)
+@pytest.mark.parametrize("cls", OLD_GROUPS)
 def test_checkpoints_that_count_steps_in_a_python_int(cls: Any, with_agc_options: bool) -> None:
     # As torch before 1.12 and agc_optims 0.0.2 wrote them, without the options that came later.
     params = parameters(dtype=torch.float64)

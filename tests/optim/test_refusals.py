@@ -92,8 +92,16 @@ IN_PLACE: list[Any] = [
 
 
 @pytest.mark.parametrize(("spoil", "error", "parts"), DIFFERENT + DENSE_ONLY)
-@pytest.mark.parametrize("cls", OURS)
+@pytest.mark.parametrize("cls", [cls for cls in OURS if not cls.rule.sparse])
 def test_gradients_that_a_class_cannot_clip(
+    cls: Any, spoil: Any, error: Any, parts: tuple[str, ...]
+) -> None:
+    check_refused(cls(two_groups()), spoil, error, parts)
+
+
+@pytest.mark.parametrize(("spoil", "error", "parts"), DIFFERENT + IN_PLACE[:2])
+@pytest.mark.parametrize("cls", [cls for cls in OURS if cls.rule.sparse])
+def test_gradients_that_a_class_that_takes_sparse_ones_cannot_clip(
     cls: Any, spoil: Any, error: Any, parts: tuple[str, ...]
 ) -> None:
     check_refused(cls(two_groups()), spoil, error, parts)
