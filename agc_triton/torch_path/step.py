@@ -16,7 +16,7 @@ from torch import Tensor
 from agc_triton.nonfinite import SavedUnits, update_others
 from agc_triton.norms import ONE, Clip, as_computed, clip_factors, clipped_rows_, spread, unit_norms
 from agc_triton.records import Units
-from agc_triton.rule import Rule, TensorLists, Update
+from agc_triton.rule import Rule, TensorLists, Update, number
 from agc_triton.torch_path.blocks import Block
 from agc_triton.torch_path.plan import BlockList, BlockPlan
 from agc_triton.torch_path.scratch import Scratch
@@ -38,6 +38,9 @@ def prepare_group(
     Hyperparameters that torch cannot take raise here, before a step is counted. ``grad_scale``
     (0-dim) divides the gradients first, as torch.amp.GradScaler asks.
     """
+    for value in rule.kernel.hyper(group):
+        if not isinstance(value, Tensor):  # one on a device would be waited for
+            number(value)
     if clip is None:
         return partial(_step_unclipped, rule, lists, group, grad_scale, found_inf)
     updates = [counted_update(rule, group, listed.dtype) for listed in plan.block_lists]

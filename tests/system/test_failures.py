@@ -12,13 +12,15 @@ import torch
 import agc_triton.triton_path.launches
 from tests.support.checks import nothing_changes
 from tests.support.disk import on_disk
-from tests.support.optimizers import EACH_WAY, STATEFUL, WAY_CASES, build
+from tests.support.optimizers import EACH_WAY, NAMES, STATEFUL, WAY_CASES, build
 from tests.support.places import DEVICE
 from tests.support.tensors import parameters, same, set_grads, weight
 from tests.support.training import on_backend, train, with_states
 
 BACKENDS = ("torch", "triton")
 every_name = pytest.mark.parametrize("name", EACH_WAY)
+# Adagrad has its states from the start.
+creating = pytest.mark.parametrize("name", [name for name in EACH_WAY if name != "Adagrad"])
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -62,7 +64,7 @@ def test_a_kernel_that_does_not_compile_is_named(
 
 @pytest.mark.parametrize("call", [1, 2, 4])
 @every_backend
-@every_name
+@creating
 def test_out_of_memory_while_states_are_created(
     name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +102,7 @@ def test_out_of_memory_on_the_torch_path_beside_the_kernels(
 
 
 @every_backend
-@every_name
+@creating
 def test_a_failure_at_a_later_first_gradient_keeps_the_states_there_are(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,9 +171,11 @@ def test_what_interrupts_the_first_norms_changes_nothing(
                 optimizer.step()
 
 
-@every_name
+@pytest.mark.parametrize("name", NAMES)
 def test_a_hyperparameter_that_is_none_changes_nothing(name: str) -> None:
-    key = {"SGD": "dampening", "RMSprop": "eps", "Adagrad": "eps"}.get(name, "betas")
+    others_own = {"SGD": "dampening", "ASGD": "alpha", "Rprop": "etas", "Adadelta": "rho"}
+    others_own |= {"RMSprop": "eps", "Adagrad": "eps"}
+    key = others_own.get(name, "betas")
     params, others = parameters(), parameters()
     optimizer, expected = (
         with_states(name, [{"params": p[:2]}, {"params": p[2:]}]) for p in (params, others)
