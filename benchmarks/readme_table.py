@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from agc_triton.optim import OPTIMIZERS
 from benchmarks.lib import plots
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- python -m benchmarks.readme_table: {} -->"
 END = "<!-- end of the table -->"
 MODEL, DTYPE = "dm_nfnet_f0", "float32"
-TITLES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+TITLES = {name.lower(): name for name in OPTIMIZERS}
 
 # Of the GPUs' table and picture.
 PICTURE = RESULTS / "gpu-step-times.png"
@@ -122,18 +123,22 @@ def tables(csv: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def markdown(rows: pd.DataFrame) -> str:
-    """Median ms per step, and how many unclipped steps that is, by implementation and optimizer."""
-    first = rows.iloc[0]
+    """Median ms per step, and how many unclipped steps that is, by implementation and optimizer.
+
+    Optimizers that were not measured have no column.
+    """
+    first, measured = rows.iloc[0], set(rows["optimizer"])
+    titles = {name: title for name, title in TITLES.items() if name in measured}
     lines = [
         f"{MODEL}, {DTYPE}, {first['parameters'] / 1e6:.1f} million parameters on"
         f" {first['device']}, {first['threads']} threads, torch {first['torch']}:",
         "",
-        f"| ms per step (times unclipped) | {' | '.join(TITLES.values())} |",
-        "|---" * (1 + len(TITLES)) + "|",
+        f"| ms per step (times unclipped) | {' | '.join(titles.values())} |",
+        "|---" * (1 + len(titles)) + "|",
     ]
     for implementation, of_one in rows.groupby("implementation", sort=False):
         by_optimizer = of_one.set_index("optimizer")
-        cells = [_cell(by_optimizer, optimizer) for optimizer in TITLES]
+        cells = [_cell(by_optimizer, optimizer) for optimizer in titles]
         lines.append(f"| {implementation} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

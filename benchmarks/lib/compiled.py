@@ -45,11 +45,17 @@ class MachineCode(NamedTuple):
 
 @functools.cache
 def compile_step(
-    shape: TileShape, kernel: compiling.Kernel, arch: str, first: bool = True, last: bool = True
+    shape: TileShape,
+    kernel: compiling.Kernel,
+    arch: str,
+    first: bool = True,
+    last: bool = True,
+    track: bool = False,
 ) -> Any:
     """`step` for one tile shape, by its place in the step; ``arch`` is 80, 90, ... or gfx942."""
     target = target_of(arch)
-    constexprs = compiling.step_constexprs(shape, kernel, target, first=first, last=last)
+    place = {"first": first, "last": last}
+    constexprs = compiling.step_constexprs(shape, kernel, target, track=track, **place)
     options = target.options(shape.num_warps, target.pdl)
     return _compile(step, constexprs, kernel.compute, options, arch)
 
@@ -67,9 +73,11 @@ def target_of(arch: str) -> compiling.Target:
     return compiling.Target(hip, pdl=not hip and int(arch) >= 90, stream=not hip)
 
 
-def compile_begin(plan: BucketPlan, kernel: compiling.Kernel, arch: str) -> Any:
+def compile_begin(
+    plan: BucketPlan, kernel: compiling.Kernel, arch: str, track: bool = False
+) -> Any:
     """`begin`, which every step of this plan opens with."""
-    constexprs = compiling.begin_constexprs(plan, kernel)
+    constexprs = compiling.begin_constexprs(plan, kernel, track)
     return _compile_begin(tuple(constexprs.items()), kernel.compute, arch)
 
 
@@ -109,10 +117,15 @@ def _compile(
 
 @functools.cache
 def step_code(
-    shape: TileShape, kernel: compiling.Kernel, arch: str, first: bool = True, last: bool = True
+    shape: TileShape,
+    kernel: compiling.Kernel,
+    arch: str,
+    first: bool = True,
+    last: bool = True,
+    track: bool = False,
 ) -> MachineCode:
     """Resources and accesses of `step` for one tile shape on an NVIDIA GPU."""
-    compiled = compile_step(shape, kernel, arch, first, last)
+    compiled = compile_step(shape, kernel, arch, first, last, track)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

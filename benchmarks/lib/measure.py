@@ -14,7 +14,7 @@ from tqdm import tqdm
 from agc_triton import unitwise_norm
 from benchmarks.lib.counters import count_launches, left_bytes, new_grads, peak_extra_bytes
 from benchmarks.lib.machine import device_name, timestamp
-from benchmarks.lib.optimizers import OPTIMIZERS, minimal_bytes, state_bytes
+from benchmarks.lib.optimizers import OPTIMIZERS, minimal_bytes, state_bytes_of_first_step
 from benchmarks.lib.patience import TooLong, stop_compilers
 from benchmarks.lib.providers import Provider
 from benchmarks.lib.rotation import Rotation, cache_bytes, sets_needed
@@ -153,11 +153,11 @@ def _compile(rotation: Rotation, provider: int) -> None:
 
 
 def _kept_extra_bytes(rotation: Rotation, provider: int, optimizer: str) -> int:
-    """What a provider's first step leaves allocated beside what torch's class has as state."""
+    """What a provider's first step leaves allocated beside what torch's class makes as state."""
     params = rotation.params[provider][0]
     left = left_bytes(rotation.steps[provider][0], params[0].device)
     rotation.restore(0)
-    return left - state_bytes(optimizer, params)
+    return left - state_bytes_of_first_step(optimizer, params)
 
 
 def _common_columns(optimizer: str, workload: Workload) -> dict[str, Any]:

@@ -40,16 +40,15 @@ def why_not(needed: float, device: torch.device) -> str | None:
 def bytes_needed(
     optimizer: str, providers: Sequence[Provider], sizes: Sequence[int], itemsize: int
 ) -> int:
-    """What `runner.measure` holds at most beside its workload, for tensors of these sizes."""
+    """What `measure.measure` holds at most beside its workload, for tensors of these sizes."""
     whole, largest = sum(sizes) * itemsize, max(sizes) * itemsize
     shared = 2 * whole  # parameters and gradients
     states = OPTIMIZERS[optimizer].states
     copied = copied_at_once((3 + 2 * states) * whole)
     own = sum(copied if p.role == "copy" else states * whole for p in providers)
-    # torch's foreach keeps a tensor per parameter; clipping one tensor takes up to three.
-    scratch = whole + 3 * largest
-    # New gradients, twice, while launches are counted on a GPU.
-    return shared + own + max(scratch, 2 * whole)
+    # torch's foreach keeps up to two tensors per parameter (Adagrad's and Adadelta's), which is as
+    # much as the new gradients while launches are counted on a GPU; clipping one takes up to three.
+    return shared + own + 2 * whole + 3 * largest
 
 
 def free_bytes(device: torch.device) -> float:

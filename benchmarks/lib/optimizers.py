@@ -28,6 +28,11 @@ class Optimizer(NamedTuple):
     modes: dict[str, dict[str, bool]]
     fastest: str
 
+    @property
+    def default_lr(self) -> float:
+        """That of torch's class."""
+        return float(inspect.signature(self.torch_class).parameters["lr"].default)
+
 
 LR = 1e-9  # so small that weights, and so the share of clipped units, stay what they were
 UNFUSED = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
@@ -76,12 +81,14 @@ def minimal_bytes(optimizer: str, params: Iterable[Tensor]) -> int:
     return size * (3 + 2 * OPTIMIZERS[optimizer].states)
 
 
-def state_bytes(optimizer: str, params: Sequence[Tensor]) -> int:
-    """Bytes that torch's class keeps in its state."""
+def state_bytes_of_first_step(optimizer: str, params: Sequence[Tensor]) -> int:
+    """Bytes of the state that torch's class makes in its first step; Adagrad's is there before."""
     one: list[Tensor] = [Parameter(torch.zeros(1))]
     one[0].grad = torch.zeros(1)
     torch_class, _, options, states, *_ = OPTIMIZERS[optimizer]
     base = torch_class(one, **options)
+    if base.state:
+        return 0
     base.step()
     counts = sum(state.nbytes for state in base.state[one[0]].values() if not state.dim())
     return sum(states * p.nbytes + counts for p in params)

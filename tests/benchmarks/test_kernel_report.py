@@ -97,17 +97,25 @@ def test_optimizers_ask_for_their_own_kernels() -> None:
 
 @pytest.fixture
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Every kernel has 40 registers and reads and writes p, g and states once in full width."""
+    """Every kernel has 40 registers and reads and writes p, g and states once in full width.
+
+    With tracking it has two more, spills four bytes more and has a store more.
+    """
     asked: list[tuple[Any, ...]] = []
 
-    def code(shape: Any, kernel: Kernel, arch: str, first: bool, last: bool) -> MachineCode:
+    def code(
+        shape: Any, kernel: Kernel, arch: str, first: bool, last: bool, track: bool = False
+    ) -> MachineCode:
         asked.append((shape, kernel, arch))
         width, states = 8 * kernel.param.itemsize * shape.vector, kernel.states
         times = shape.rows * shape.columns * shape.chunks // (32 * shape.num_warps * shape.vector)
         loads = Counter({width: (2 + states) * times, 7: 1})
         stores = Counter({width: (1 + states) * times})
+        if track:
+            stores[7] = 1
         waits, triggers = (2 - first, 1 - last) if arch == "90" else (0, 0)
-        return MachineCode(40, 8, loads, stores, (3 + 2 * states) * times, waits, triggers)
+        needed = (42, 12) if track else (40, 8)
+        return MachineCode(*needed, loads, stores, (3 + 2 * states) * times, waits, triggers)
 
     monkeypatch.setattr(kernel_report, "step_code", code)
     monkeypatch.setattr(kernel_report, "compile_begin", lambda *_: None)
@@ -115,7 +123,7 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "AdamW-amsgrad"])  # one, two, three states
 def test_a_row_per_bucket_of_every_model(
     optimizer: str, dtype: str, nothing_compiled: list[tuple[Any, ...]]
 ) -> None:
@@ -139,12 +147,15 @@ def test_a_row_per_bucket_of_every_model(
     assert (table["evict_first"] == 1).all()
     assert (table[table["arch"] == "sm_90"]["dependent_launch"] == "yes").all()
     assert (table[table["arch"] == "sm_80"]["dependent_launch"] == "no").all()
+    tracked = table[["tracked_registers", "tracked_spill_bytes", "tracked_stores"]]
+    assert set(tracked.itertuples(index=False, name=None)) == {(42, 12, 1)}
     assert set(table["occupancy"]) <= {n / 64 for n in range(32, 65)}
     assert {asked[1] for asked in nothing_compiled} == {kernel}
 
     summary = kernel_report.summary(table)
     assert len(summary) == 2 * len(MODELS)
     assert set(summary["worst_spill_bytes"]) == {8}
+    assert set(summary["tracked_spill_bytes"]) == {4}
 
 
 def test_kernels_are_not_reported_where_they_are_interpreted(
@@ -185,6 +196,14 @@ for optimizer, length, dtype, arch in (
     warps = resident_warps(code.registers, shape.num_warps)
     print("spills", code.spill_bytes, warps, code.loads[128], code.stores[128])
 
+# Tracked steps write a ratio per unit: one unit in a tile, many, and one in many tiles.
+kernel = kernel_of("SGD", torch.float32)
+for length in (768, 27, 1 << 20):
+    shape = shape_of(length, 4, kernel.states)
+    plain, tracked = (step_code(shape, kernel, "90", track=track) for track in (False, True))
+    more = tracked.stores - plain.stores
+    print("tracked", tracked.spill_bytes, *(f"{n}x{bits}" for bits, n in more.items()))
+
 shape = shape_of(14_336, 4, 2)
 code = compile_step(shape, kernel_of("AdamW", torch.float32), "gfx942").asm["amdgcn"]
 print("amd", shape.num_warps, *re.findall(r"max_flat_workgroup_size: *(\\d+)", code))
@@ -205,6 +224,7 @@ tensors = [TensorUnits(UnitLayout(1, 1, 2, 1 << 17), True, 0, 0)]
 plan = plan_buckets(tensors, 4, kernel.states)
 (bucket,) = plan.buckets
 for arch in ("90", "gfx942"):
+    compile_begin(plan, kernel, arch, track=True)
     launches = compile_begin(plan, kernel, arch), compile_fold(kernel, arch)
     compile_step(bucket.shape, kernel, arch)
     print("shared", arch, len(plan.folds), *(launch.name for launch in launches))
@@ -249,6 +269,10 @@ def test_what_spilled_does_not_any_more(compiled: dict[str, list[list[str]]]) ->
         assert int(spill_bytes) <= 8
         assert int(warps) >= 32
         assert int(loads) > int(stores) > 0
+
+
+def test_a_tracked_step_has_one_store_more(compiled: dict[str, list[list[str]]]) -> None:
+    assert compiled["tracked"] == [["0", "1x32"]] * 3
 
 
 def test_programs_on_amd_gpus_have_as_many_threads(compiled: dict[str, list[list[str]]]) -> None:

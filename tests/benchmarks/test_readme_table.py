@@ -27,6 +27,7 @@ def readme_rows(**common: Any) -> pd.DataFrame:
     rows = [
         {"implementation": "x", "optimizer": "sgd", "device_ms": 123.4, "ratio_to_unclipped": 2.0},
         {"implementation": "x", "optimizer": "adamw", "device_ms": 9.87, "ratio_to_unclipped": 1.0},
+        {"implementation": "x", "optimizer": "radam", "device_ms": 5, "ratio_to_unclipped": None},
         {"implementation": "y", "optimizer": "sgd", "device_ms": 1, "ratio_to_unclipped": 0.5},
     ]
     return pd.DataFrame([{**machine, **model, **row, **common} for row in rows])
@@ -37,10 +38,10 @@ HEADING = "dm_nfnet_f0, float32, 71.5 million parameters on Some CPU, 2 threads,
 
 TABLE = [
     "",
-    "| ms per step (times unclipped) | SGD | Adam | AdamW | RMSprop |",
-    "|---|---|---|---|---|",
-    "| x | 123 (2.00) |  | 9.87 (1.00) |  |",
-    "| y | 1 (0.50) |  |  |  |",
+    "| ms per step (times unclipped) | SGD | AdamW | RAdam |",
+    "|---|---|---|---|",
+    "| x | 123 (2.00) | 9.87 (1.00) | 5 |",
+    "| y | 1 (0.50) |  |  |",
 ]
 
 

@@ -24,6 +24,10 @@ from tests.benchmarks.tiny import ELEMENTS, SHAPES
 pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
+# With options of their own and none, with torch's fused kernel and none, states from the start.
+SOME = ("sgd", "adamw", "adagrad", "rprop")
+
+
 def run(out: Path, *arguments: str) -> pd.DataFrame:
     throughput.main(["--quick", "--device", "cpu", "--out", str(out), *arguments])
     return pd.read_csv(out)
@@ -45,13 +49,14 @@ class Measured:
 
 def test_a_row_per_implementation_with_every_column(tmp_path: Path) -> None:
     out = tmp_path / "new" / "rows.csv"
-    throughput.main(["--device", "cpu", "--out", str(out), "--threads", "1"])
+    arguments = ["--device", "cpu", "--out", str(out), "--threads", "1", "--optimizers"]
+    throughput.main([*arguments, *SOME])
     table = pd.read_csv(out)
     assert list(table.columns) == COLUMNS
     expected = [
         (optimizer, str(dtype).removeprefix("torch."), p.implementation)
         for dtype in (torch.float32, torch.bfloat16)
-        for optimizer in OPTIMIZERS
+        for optimizer in SOME
         for p in [*providers(optimizer, "cpu", dtype), copy_provider(optimizer)]
     ]
     found = zip(table["optimizer"], table["dtype"], table["implementation"], strict=True)
@@ -60,8 +65,12 @@ def test_a_row_per_implementation_with_every_column(tmp_path: Path) -> None:
     assert set(table["units"]) == {sum(unitwise_norm(torch.ones(s)).numel() for s in SHAPES)}
     assert set(table["threads"]) == {1}
     options = dict(zip(table["optimizer"], table["options"], strict=True))
-    momentum = dict.fromkeys(("sgd", "rmsprop"), "lr=1e-09, momentum=0.9")
-    assert options == dict.fromkeys(OPTIMIZERS, "lr=1e-09") | momentum
+    assert options == {
+        "sgd": "lr=1e-09, momentum=0.9",
+        "adamw": "lr=1e-09",
+        "adagrad": "lr=1e-09",
+        "rprop": "lr=1e-09, step_sizes=(0.0, 1e-09)",
+    }
     assert table["launches"].isna().all()
     assert (table["host_ms"] == table["device_ms"]).all()
     for _, rows in table.groupby(["optimizer", "dtype"]):
@@ -69,6 +78,10 @@ def test_a_row_per_implementation_with_every_column(tmp_path: Path) -> None:
         assert list(rows["bytes_moved"].unique()) == [copied["bytes_moved"]]
         share = rows["gb_per_s"] / copied["gb_per_s"]
         pd.testing.assert_series_equal(rows["share_of_copy_bandwidth"], share, check_names=False)
+
+
+def test_all_optimizers_are_measured_where_none_is_named() -> None:
+    assert throughput.parse(["--device", "cpu"]).optimizers == [*OPTIMIZERS]
 
 
 def test_a_short_run_compiles_both_algorithms_where_asked_to(

@@ -13,6 +13,7 @@ from benchmarks import compare
 from benchmarks.lib.compare.grid import GRIDS, MIDDLE_LR, Part, Run, all_runs, default_lrs
 from benchmarks.lib.compare.training import Where
 from benchmarks.lib.networks import is_known
+from benchmarks.lib.optimizers import OPTIMIZERS
 
 
 def runs(*arguments: str) -> list[Run]:
@@ -62,6 +63,12 @@ def test_learning_rates_go_with_the_square_root_of_the_batch() -> None:
     assert default_lrs("sgd", 256) == (0.1, 0.4, 1.6)
     assert default_lrs("sgd", 4096) == (0.4, 1.6, 6.4)
     assert default_lrs("adam", 64) == (0.0005, 0.002, 0.008)
+
+
+def test_optimizers_of_no_grid_start_from_torchs_learning_rate() -> None:
+    assert MIDDLE_LR["adadelta"] == 1.0
+    assert default_lrs("radam", 256) == (0.00025, 0.001, 0.004)
+    assert {run.optimizer for run in runs("--optimizers", *MIDDLE_LR)} == set(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("name", GRIDS)
