@@ -60,7 +60,7 @@ test-integrations: $(INTEGRATIONS_INSTALLED)
 test-gpu:
 	$(PYTHON) -m pytest -p no:benchmark -p no:cacheprovider
 
-# What takes minutes: thousands of steps, many random sequences of operations.
+# What takes minutes: thousands of steps, many random sequences of operations, whole cross products.
 soak: $(INSTALLED)
 	$(PYTHON) -m pytest -m soak --numprocesses auto --dist worksteal
 

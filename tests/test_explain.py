@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from agc_triton import SGD_AGC
-from tests.support.optimizers import NAMES, STATEFUL, TRITON, Kwargs, build
+from tests.support.optimizers import EACH_WAY, NAMES, STATEFUL, TRITON, Kwargs, build
 from tests.support.places import DEVICE, KERNELS
 from tests.support.plans import bucket_plans
+from tests.support.soak import soaked
 from tests.support.tensors import TILE_SHAPES, in_order, set_grads, unaligned
 
 SUMS = ["tensors", "units", "elements", "bytes", "launches"]
@@ -38,8 +40,14 @@ def explained(optimizer: Any, **arguments: float) -> tuple[pd.DataFrame, pd.Seri
     return rows, total
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    soaked(
+        itertools.product(NAMES, (torch.float16, torch.float32, torch.float64)),
+        lambda name, dtype: name == "AdamW" or (dtype is torch.float32 and name in EACH_WAY),
+    ),
+    ids=str,
+)
 def test_rows_are_the_launches_of_the_plan(name: str, dtype: torch.dtype) -> None:
     optimizer = build(name, with_grads(dtype), {**STATEFUL[name], **TRITON})
     rows, total = explained(optimizer)

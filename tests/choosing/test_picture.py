@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from agc_triton import SGD_AGC, suggest_clipping
+from agc_triton.choosing import picture
 from tests.choosing.given import given_batches, given_loss, given_model
 
 
@@ -83,6 +84,14 @@ def test_each_ratio_is_in_its_rows_histogram(figures: list[Any], tmp_path: Path)
     assert (tmp_path / "ratios.svg").read_text().startswith("<?xml")
 
 
+def test_many_rows_are_drawn_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert picture.LARGEST < 2**16  # of which matplotlib draws no more
+    monkeypatch.setattr(picture, "LARGEST", 500)
+    suggested(tmp_path / "low.png")
+    assert 400 < int.from_bytes((tmp_path / "low.png").read_bytes()[20:24], "big") <= 500
+
+
+@pytest.mark.soak
 def test_hundreds_of_parameters_fit_into_a_file(tmp_path: Path) -> None:
     model = given_model([(2, 2)] * 1800)
     suggest_clipping(model, given_loss, given_batches(model, 1), plot=tmp_path / "many.png")

@@ -12,27 +12,25 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD, AdamW
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.testing._internal.common_optimizers import optim_db
 
-from tests.conformance.pairs import STATE, ours
+from tests.conformance.pairs import STATE, every_class_on_both_paths, ours
 from tests.support.checks import states_of
 from tests.support.optimizers import PAIRS
 from tests.support.places import DEVICE, KERNELS
+from tests.support.soak import soaked
 from tests.support.tensors import same
 from tests.support.training import train
 
 SHAPES = ((6, 5), (6,))
 
-every_class = pytest.mark.parametrize("cls", PAIRS)
-both_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
-
 
 LATER_FLAGS = {info.optim_cls: info.not_og_supported_flags for info in optim_db}
 
 
-@both_paths
-@every_class
+@every_class_on_both_paths
 def test_pickles_from_before_an_option_existed(cls: Any, backend: str) -> None:
     later = {*LATER_FLAGS[cls], "fused", "capturable", "differentiable", "foreach", "maximize"}
     params = KERNELS.weights(SHAPES)
@@ -51,8 +49,7 @@ def test_pickles_from_before_an_option_existed(cls: Any, backend: str) -> None:
     assert same(states_of(optimizer, params), states_of(old, old_params))
 
 
-@both_paths
-@every_class
+@every_class_on_both_paths
 def test_averages_of_a_model_and_their_learning_rate(cls: Any, backend: str) -> None:
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3), nn.Linear(3, 1))
@@ -85,7 +82,7 @@ def test_averages_of_a_model_and_their_learning_rate(cls: Any, backend: str) -> 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@every_class
+@pytest.mark.parametrize("cls", soaked(PAIRS, lambda cls: cls in (SGD, AdamW)))
 def test_a_compiled_training_step_on_the_triton_path(cls: Any) -> None:
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(DEVICE)
@@ -108,8 +105,7 @@ def test_a_compiled_training_step_on_the_triton_path(cls: Any) -> None:
     assert same(run(compiled=True), run(compiled=False))
 
 
-@both_paths
-@every_class
+@every_class_on_both_paths
 def test_a_backward_pass_over_weights_that_have_changed_raises(cls: Any, backend: str) -> None:
     # As after torch.optim's own steps but the fused ones; silently wrong otherwise.
     params = [p.requires_grad_() for p in KERNELS.weights(SHAPES)]

@@ -14,8 +14,9 @@ from torch.optim import ASGD, SGD
 from agc_triton import adaptive_clip_grad_
 from tests.conformance.pairs import STATE, ours
 from tests.support.checks import states_of
-from tests.support.optimizers import PAIRS
+from tests.support.optimizers import EACH_WAY, PAIRS
 from tests.support.places import DEVICE
+from tests.support.soak import packed_blocks, soaked
 from tests.support.tensors import parameters, same, set_grads
 
 SHAPES = ((6, 5), (6,))
@@ -67,22 +68,37 @@ def torch_starts_under(default: str, cls: Any) -> bool:
     return True
 
 
+def quick(cls: Any, backend: str, kind: str, dtype: torch.dtype) -> bool:
+    if backend == "triton" and cls.__name__ not in EACH_WAY:
+        return False
+    return (kind, dtype) in (("plain", torch.bfloat16), ("stateful", torch.float32))
+
+
 @pytest.mark.usefixtures("either_block")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, STATE], ids=["plain", "stateful"])
+@packed_blocks
 @pytest.mark.parametrize(
-    ("cls", "backend"),
-    # Every step of torch's own ASGD makes an eta on the default device.
-    [case for case in itertools.product(PAIRS, ("torch", "triton")) if case != (ASGD, "torch")],
+    ("cls", "backend", "kind", "dtype"),
+    soaked(
+        [
+            case
+            for case in itertools.product(
+                PAIRS, ("torch", "triton"), ("plain", "stateful"), (torch.float32, torch.bfloat16)
+            )
+            # Every step of torch's own ASGD makes an eta on the default device.
+            if case[:2] != (ASGD, "torch")
+        ],
+        quick,
+    ),
+    ids=str,
 )
 def test_the_default_device_is_no_matter(
-    cls: Any, options: dict[Any, Any], dtype: torch.dtype, backend: str
+    cls: Any, backend: str, kind: str, dtype: torch.dtype
 ) -> None:
     starts = torch_starts_under("meta", cls)
 
     def stepped(default: str) -> list[Any]:
         params: list[Any] = [t.detach().to(DEVICE) for t in parameters([(6, 5)], dtype)]
-        chosen = options.get(cls, {"lr": 0.1})
+        chosen = STATE[cls] if kind == "stateful" else {"lr": 0.1}
         optimizer = PAIRS[cls](params, **chosen, backend=backend)
         for seed in range(2):
             set_grads(params, seed)

@@ -16,10 +16,11 @@ from torch.optim.optimizer import (
 )
 from torch.optim.swa_utils import AveragedModel
 
-from agc_triton import AGC, SGD_AGC
+from agc_triton import AGC, SGD_AGC, AdamW_AGC
 from agc_triton.optim import OPTIMIZERS
 from tests.support.checks import clipped
 from tests.support.optimizers import OURS, PAIRS
+from tests.support.soak import soaked
 from tests.support.tensors import parameters, same, set_grads
 from tests.support.training import train
 
@@ -235,7 +236,9 @@ def test_averaged_models_take_the_trained_weights(make: Any) -> None:
 # dynamo looks into torch.optim.SGD, the wrapper's base, and imports torch's scripted classes.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_dynamo")
-@every_optimizer
+@pytest.mark.parametrize(
+    "make", soaked([*OURS, wrapped_sgd], lambda make: make in (SGD_AGC, AdamW_AGC, wrapped_sgd))
+)
 def test_a_compiled_training_step_gives_the_same_numbers(make: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))

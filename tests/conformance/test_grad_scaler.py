@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from agc_triton import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
-from tests.support.optimizers import STATEFUL, WAY_CASES, build
+from tests.support.optimizers import EACH_WAY, STATEFUL, WAY_CASES, build
 from tests.support.places import DEVICE, KERNELS
+from tests.support.soak import packed_blocks, soaked
 from tests.support.tensors import parameters, same, set_grads, weights
 from tests.support.training import train
 
@@ -121,7 +122,8 @@ def test_options_that_mean_the_torch_path_claim_nothing(
     assert not build("SGD", [on_gpu], {}, mode)._step_supports_amp_scaling  # type: ignore[attr-defined]  # likewise
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@packed_blocks
+@pytest.mark.parametrize("name", soaked(STATEFUL, lambda name: name in EACH_WAY))
 def test_the_switch_has_gradients_unscaled_before_the_kernels_run(name: str) -> None:
     ours, theirs = KERNELS.weights(), KERNELS.weights()
     options = {**STATEFUL[name], "clipping": 0.02, "backend": "triton"}

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.optim.optimizer import (
@@ -14,7 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from tests.conformance.pairs import ours
+from tests.conformance.pairs import every_class_on_both_paths, ours
 from tests.support.checks import states_of
 from tests.support.optimizers import PAIRS
 from tests.support.places import KERNELS
@@ -22,12 +21,6 @@ from tests.support.tensors import parameters, same, set_grads
 from tests.support.training import train
 
 SHAPES = ((6, 5), (6,))
-
-
-every_class = pytest.mark.parametrize("cls", PAIRS)
-
-
-both_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 def test_hooks_run_in_torchs_order() -> None:
@@ -66,8 +59,7 @@ def test_hooks_run_in_torchs_order() -> None:
             assert log_of(ours(cls, copies, backend), copies) == expected
 
 
-@both_paths
-@every_class
+@every_class_on_both_paths
 def test_hooks_change_what_is_saved_and_loaded(cls: Any, backend: str) -> None:
     params, copied = KERNELS.weights(SHAPES), KERNELS.weights(SHAPES)
     optimizer, other = ours(cls, params, backend), ours(cls, copied, backend)
@@ -94,8 +86,7 @@ def test_hooks_change_what_is_saved_and_loaded(cls: Any, backend: str) -> None:
     assert same(states_of(optimizer, params), states_of(other, copied))
 
 
-@both_paths
-@every_class
+@every_class_on_both_paths
 def test_step_hooks_may_change_gradients_and_parameters(cls: Any, backend: str) -> None:
     params, copied = KERNELS.weights(SHAPES), KERNELS.weights(SHAPES)
     optimizer, other = ours(cls, params, backend), ours(cls, copied, backend)
@@ -123,8 +114,7 @@ def test_step_hooks_may_change_gradients_and_parameters(cls: Any, backend: str) 
     assert same(states_of(optimizer, params), states_of(other, copied))
 
 
-@both_paths
-@every_class
+@every_class_on_both_paths
 def test_a_checkpoint_of_parameters_in_another_order(cls: Any, backend: str) -> None:
     # torch's own recipe: a pre-hook that puts a checkpoint in order by its names.
     params, copied = KERNELS.weights(SHAPES), KERNELS.weights(SHAPES)

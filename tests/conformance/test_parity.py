@@ -12,7 +12,8 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import agc_triton
 import agc_triton.torch_path.blocks
-from tests.support.optimizers import MODES, NAMES, STATEFUL, STATEFUL_CASES
+from tests.support.optimizers import EACH_WAY, MODES, NAMES, STATEFUL, STATEFUL_CASES
+from tests.support.soak import packed_blocks, soaked
 from tests.support.tensors import grad_like, parameters, same
 
 either_block = pytest.mark.usefixtures("either_block")
@@ -24,8 +25,11 @@ FLAGS = ("foreach", "fused", "differentiable")
 UNREACHED = 1e30
 
 
-def configurations(modes_of_torchs_choice: bool) -> list[Any]:
-    """torch's own list, with what it keeps for CUDA, in each mode."""
+def configurations(modes_of_torchs_choice: bool, everywhere: Sequence[str]) -> list[Any]:
+    """torch's own list, with what it keeps for CUDA, in each mode.
+
+    Of its first, the defaults, all are quick, of the others those that are ``everywhere``.
+    """
     found = []
     for name, info in INFOS.items():
         modes: list[dict[str, bool]] = [{}] if modes_of_torchs_choice else []
@@ -34,7 +38,9 @@ def configurations(modes_of_torchs_choice: bool) -> list[Any]:
         for given in info.optim_inputs_func(device="cuda"):
             for mode in modes:
                 label = f"{name}: {given.desc}: {mode}"
-                found.append(pytest.param(name, {**given.kwargs, **mode}, id=label))
+                quick = given.desc == "default" or str(mode) in everywhere
+                marks = () if quick else pytest.mark.soak
+                found.append(pytest.param(name, {**given.kwargs, **mode}, id=label, marks=marks))
     return found
 
 
@@ -86,13 +92,16 @@ def assert_same_run(
             assert same({key: ours[2][key] for key in theirs[2]}, theirs[2])
 
 
-@pytest.mark.parametrize(("name", "options"), configurations(True))
+@pytest.mark.parametrize(("name", "options"), configurations(True, ["{}"]))
 def test_without_clipping(name: str, options: dict[str, Any]) -> None:
     assert_same_run(name, options, 0, None)
 
 
 @either_block
-@pytest.mark.parametrize(("name", "options"), configurations(False))
+@packed_blocks
+@pytest.mark.parametrize(
+    ("name", "options"), configurations(False, ["{'foreach': True}", "{'fused': True}"])
+)
 def test_under_a_limit_that_nothing_reaches(name: str, options: dict[str, Any]) -> None:
     assert_same_run(name, options, UNREACHED)
 
@@ -156,7 +165,17 @@ OTHER_DTYPES = [
 
 
 @either_block
-@pytest.mark.parametrize(("name", "mode", "dtype"), OTHER_DTYPES, ids=str)
+@packed_blocks
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype"),
+    soaked(
+        OTHER_DTYPES,
+        lambda name, mode, dtype: (
+            name in EACH_WAY or (mode == "not fused") is (dtype is torch.bfloat16)
+        ),
+    ),
+    ids=str,
+)
 def test_other_dtypes(name: str, mode: str, dtype: torch.dtype) -> None:
     clippings = [None] if mode == "default" else [None, UNREACHED]
     assert_same_run(name, {**STATEFUL[name], **MODES[mode]}, *clippings, dtype=dtype)
@@ -164,8 +183,13 @@ def test_other_dtypes(name: str, mode: str, dtype: torch.dtype) -> None:
 
 # Blocks of one unit, some and all, each of a multiple of 16 elements; in the last shape of parts of
 # its only unit.
-@pytest.mark.parametrize("block", [96, 192, 320])
-@pytest.mark.parametrize(("name", "mode"), EXPLICIT_CASES)
+@pytest.mark.parametrize(
+    ("name", "mode", "block"),
+    soaked(
+        [(*case, block) for case in EXPLICIT_CASES for block in (96, 192, 320)],
+        lambda name, mode, block: name in EACH_WAY or block == 96,
+    ),
+)
 def test_blocks_do_not_change_a_bit(
     monkeypatch: pytest.MonkeyPatch, name: str, mode: str, block: int
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from tests.support.checks import oracle_for, states_of, step_with
 from tests.support.optimizers import EACH_WAY, STATEFUL, TRITON, build, stateful
 from tests.support.places import DEVICE, KERNELS
+from tests.support.soak import soaked
 from tests.support.tensors import TILE_SHAPES, assign, grads_like, same, weights
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
@@ -40,8 +42,14 @@ def step_scaled(
     assert same([p.grad for p in params], before)
 
 
-@pytest.mark.parametrize("shape", [None, (), (1,)], ids=str)
-@every_rule
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    soaked(
+        itertools.product(EACH_WAY, (None, (), (1,))),
+        lambda name, shape: shape == () or name == "AdamW",
+    ),
+    ids=str,
+)
 def test_unscales_before_it_clips(name: str, shape: tuple[int, ...] | None) -> None:
     options = {**STATEFUL[name], **TRITON}
     shapes = LONG if name == "SGD" else SHAPES

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import agc_triton.triton_path.compiling
-from tests.support.checks import oracle_for, states_of, step_and_check, step_with, values_of
+from tests.support.checks import oracle_for, states_of, step_and_check, step_with
 from tests.support.optimizers import (
     CLIPPING,
+    EACH_WAY,
     NAMES,
     STATEFUL,
     TRITON,
@@ -27,7 +28,8 @@ from tests.support.optimizers import STEPS as RULE_STEPS
 from tests.support.places import DEVICE, KERNELS, Place
 from tests.support.plans import bound_args, bucket_plans, plan_of
 from tests.support.rounded import Rounded, as_float64
-from tests.support.tensors import TILE_SHAPES, assign, grad_like, grads_like, same, weight, weights
+from tests.support.soak import soaked
+from tests.support.tensors import TILE_SHAPES, assign, grad_like, grads_like, weight, weights
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
@@ -82,8 +84,12 @@ class BothBackends:
 
 # Adam differs from AdamW in how weights decay.
 LABELS = {**{name: [*options(name)] for name in NAMES}, "Adam": ["amsgrad", "decoupled"]}
+OPTIONS = [(name, label) for name in NAMES for label in LABELS[name]]
+# How numbers reach a rule depends on no rule.
+ANYWHERE = ("plain", "defaults", "Tensor lr")
 every_option = pytest.mark.parametrize(
-    ("name", "label"), [(name, label) for name in NAMES for label in LABELS[name]]
+    ("name", "label"),
+    soaked(OPTIONS, lambda name, label: name in EACH_WAY or label not in ANYWHERE),
 )
 every_rule = pytest.mark.parametrize("name", NAMES)
 
@@ -168,7 +174,7 @@ GROUPS: list[dict[str, Any]] = [
 ]
 
 
-@every_rule
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_groups_keep_their_own_settings_in_the_same_launches(name: str) -> None:
     params = [[weight((4, 24), device=DEVICE, seed=i)] for i in range(len(GROUPS))]
     groups = [{"params": p, **group} for p, group in zip(params, GROUPS, strict=True)]
@@ -209,19 +215,7 @@ def test_bounds_are_narrow_enough_to_see(name: str, slip: dict[str, Any]) -> Non
         oracle.check([param], states_of(optimizer, [param]))
 
 
-@every_rule
-def test_two_runs_give_the_same_bits(name: str) -> None:
-    def run() -> Any:
-        params = weights(SHAPES, device=DEVICE)
-        optimizer = build(name, params, {**STATEFUL[name], **TRITON})
-        for step in range(2):
-            step_with(optimizer, params, present(grads_like(params, step), step))
-        return values_of(optimizer, params)
-
-    assert same(run(), run())
-
-
-@every_rule
+@pytest.mark.parametrize("name", EACH_WAY)
 def test_what_scratch_memory_held_does_not_matter(name: str) -> None:
     shapes = (TILE_SHAPES[0], TILE_SHAPES[3]) if name == "SGD" else TILE_SHAPES[:1]
     params = weights(shapes, device=DEVICE)

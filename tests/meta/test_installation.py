@@ -15,9 +15,11 @@ import pytest
 import agc_triton
 from tests.support.markdown import ROOT, examples
 from tests.support.packaging import STEP, build, call, clone, pip
+from tests.support.soak import soaked
 
 NAME = f"agc_triton-{agc_triton.__version__}"
 BORROWED = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+HOOKS = ("build_wheel", "build_sdist")
 VERSION = f"""
 from importlib.metadata import version
 assert version("agc_triton") == agc_triton.__version__ == {agc_triton.__version__!r}
@@ -37,7 +39,8 @@ def environment(folder: Path) -> tuple[Path, Path]:
     return python, Path(call(folder, python, "-c", query).strip())
 
 
-@pytest.mark.parametrize("hook", ["build_wheel", "build_sdist"])
+# That an sdist leads to the same wheel is in test_packaging.
+@pytest.mark.parametrize("hook", soaked(HOOKS, lambda hook: hook == "build_wheel"))
 def test_the_readmes_first_example_and_a_kernel_run(tmp_path: Path, tree: Path, hook: str) -> None:
     built = build(tree, hook, tmp_path / "built")
     python, packages = environment(tmp_path)

@@ -19,7 +19,9 @@ def contents(wheel: Path) -> dict[str, int]:
     return {file.filename: file.CRC for file in zipfile.ZipFile(wheel).infolist()}
 
 
-def test_every_build_holds_each_module_once(tmp_path: Path) -> None:
+def test_every_build_holds_each_module_once_and_an_sdist_all_that_is_not_hidden(
+    tmp_path: Path,
+) -> None:
     linked, unlinked = clone(tmp_path, True), clone(tmp_path, False)
     files = [*(unlinked / "agc_triton").rglob("*.py"), unlinked / "agc_triton" / "py.typed"]
     expected = [file.relative_to(unlinked).as_posix() for file in files]
@@ -28,8 +30,12 @@ def test_every_build_holds_each_module_once(tmp_path: Path) -> None:
 
     sdist = build(linked, "build_sdist", tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
-        names = [m.name.partition("/")[2] for m in archive if m.isfile()]
+        members = {m.name.partition("/")[2]: m.isfile() for m in archive}
+    names = [name for name, is_file in members.items() if is_file]
     assert modules(names) == sorted(expected)
+    tracked = set(call(linked, "git", "ls-files").splitlines())
+    missing = {name for name in tracked - members.keys() if not name.startswith((".", "kernels/"))}
+    assert missing == set()
 
     pip(tmp_path, "wheel", sdist, "--no-build-isolation", "--wheel-dir", tmp_path / "again")
     (from_sdist,) = (tmp_path / "again").iterdir()
@@ -37,15 +43,6 @@ def test_every_build_holds_each_module_once(tmp_path: Path) -> None:
     assert modules([*first]) == sorted(expected)
     assert contents(build(unlinked, "build_wheel", tmp_path / "unlinked-wheel")) == first
     assert contents(from_sdist) == first
-
-
-def test_an_sdist_holds_all_that_is_not_hidden(tmp_path: Path) -> None:
-    tree = clone(tmp_path, True)
-    tracked = set(call(tree, "git", "ls-files").splitlines())
-    with tarfile.open(build(tree, "build_sdist", tmp_path / "sdist")) as archive:
-        names = {member.name.partition("/")[2] for member in archive}
-    missing = {name for name in tracked - names if not name.startswith((".", "kernels/"))}
-    assert missing == set()
 
 
 def test_an_editable_install_steps_where_the_checkout_had_no_symlinks(tmp_path: Path) -> None:

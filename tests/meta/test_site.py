@@ -12,6 +12,7 @@ import pytest
 import agc_triton
 from agc_triton.optim.optimizer import AGCOptimizer
 from tests.support.markdown import PAGES, ROOT
+from tests.support.once import once
 
 
 def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
@@ -28,10 +29,11 @@ def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("docs")
-    done = build(ROOT, out)
-    assert done.returncode == 0, done.stderr
-    return out / "site"
+    def work(out: Path) -> None:
+        done = build(ROOT, out)
+        assert done.returncode == 0, done.stderr
+
+    return once(work, __name__, tmp_path_factory) / "site"
 
 
 def documented(site: Path) -> set[str]:

@@ -20,6 +20,7 @@ from agc_triton import (
     RMSprop_AGC,
     Rprop_AGC,
 )
+from tests.conformance.pairs import every_class_on_both_paths
 from tests.support.disk import on_disk
 from tests.support.optimizers import PAIRS
 from tests.support.places import DEVICE
@@ -46,8 +47,7 @@ def test_names_are_saved_and_loaded_as_torchs(cls: Any) -> None:
     assert ours.param_groups[0]["param_names"] == ["weight", "bias"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("cls", PAIRS)
+@every_class_on_both_paths
 def test_what_users_keep_beside_the_states_is_saved_and_loaded(cls: Any, backend: str) -> None:
     params: list[Any] = [p.detach().to(DEVICE) for p in parameters()]
     ours = PAIRS[cls](params, backend=backend)

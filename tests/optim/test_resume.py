@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from tests.support.interpreter import interpret_without_gpu
-from tests.support.optimizers import EACH_RULE, NAMES, build, stateful
+from tests.support.optimizers import EACH_WAY, NAMES, build, stateful
 from tests.support.places import PLACES, Place, label
+from tests.support.soak import soaked
 from tests.support.tensors import FEW_SHAPES, same, set_grads
 
 DTYPES = (torch.float32, torch.bfloat16)
 STOP, END = 2, 4
 CASES = {
     f"{name}, {label(place)}, {dtype}": (name, place, dtype)
-    for name, place, dtype in itertools.product(EACH_RULE, PLACES, DTYPES)
+    for name, place, dtype in itertools.product(NAMES, PLACES, DTYPES)
+    # 16 bits are saved and loaded alike whatever the rule, and so are the kernels' tables.
+    if name in EACH_WAY or (place.backend == "torch" and dtype is torch.float32)
 }
 
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -77,10 +80,8 @@ def go_on(file: Path) -> None:
     torch.save(checkpoints, file)
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The end of every case, half of whose steps another process has made."""
-    file = tmp_path_factory.mktemp("resume") / "checkpoints.pt"
+def in_another_process(file: Path) -> Any:
+    """The end of every case, half of whose steps it has made."""
     checkpoints = {}
     for case, given in CASES.items():
         run = Run(*given)
@@ -91,28 +92,35 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_another_process_goes_on_without_changing_a_bit(resumed: Any, case: str) -> None:
-    run = Run(*CASES[case])
-    start = [p.clone() for p in run.params]
-    run.train(range(END))
-    assert same(resumed[case], run.saved())
-    assert not any(map(same, start, run.params))
+def test_another_process_goes_on_without_changing_a_bit(tmp_path: Path) -> None:
+    resumed = in_another_process(tmp_path / "checkpoints.pt")
+    for case, given in CASES.items():
+        run = Run(*given)
+        start = [p.clone() for p in run.params]
+        run.train(range(END))
+        assert same(resumed[case], run.saved()), case
+        assert not any(map(same, start, run.params)), case
 
 
 @every_name
-def test_five_runs_give_the_same_bits(name: str, place: Place) -> None:
+def test_three_runs_give_the_same_bits(name: str, place: Place) -> None:
     def run() -> list[Tensor]:
         each = Run(name, place, torch.float32)
         each.train(range(2))
         return each.result()
 
     first = run()
-    assert all(same(run(), first) for _ in range(4))
+    assert all(same(run(), first) for _ in range(2))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@every_name
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    soaked(
+        itertools.product(NAMES, DTYPES),
+        lambda name, dtype: name in EACH_WAY and (name == "SGD") is (dtype is torch.bfloat16),
+    ),
+    ids=str,
+)
 def test_the_order_of_the_parameters_changes_no_bit(
     name: str, place: Place, dtype: torch.dtype
 ) -> None:
@@ -121,7 +129,7 @@ def test_the_order_of_the_parameters_changes_no_bit(
         each.train(range(2))
         return each.result()
 
-    first, *others = map(run, itertools.permutations(range(3)))
+    first, *others = map(run, ((0, 1, 2), (1, 2, 0), (2, 1, 0)))
     assert all(same(other, first) for other in others)
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from agc_triton import AGC
 from tests.support.optimizers import EACH_WAY, PAIRS, STATEFUL, build
 from tests.support.places import KERNELS, Place
+from tests.support.soak import soaked
 from tests.support.tensors import SHAPES, same
 from tests.support.training import train
 
@@ -30,7 +31,7 @@ every_make = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 
 @every_make
-@every_optimizer
+@pytest.mark.parametrize("name", soaked(EACH_WAY, lambda name: name in ("SGD", "NAdam")))
 def test_a_state_alone_starts_anew(name: str, make: Any, place: Place) -> None:
     params = place.weights(SHAPES)
     optimizer = make(name, params, place.backend)

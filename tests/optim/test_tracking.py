@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -13,18 +14,29 @@ from torch import Tensor
 
 from agc_triton import AGC
 from agc_triton.torch_path import blocks
-from tests.support.optimizers import CLIPPING, EACH_RULE, MODES, STATEFUL, build, supported
+from tests.support.optimizers import (
+    CLIPPING,
+    EACH_RULE,
+    EACH_WAY,
+    MODES,
+    NAMES,
+    STATEFUL,
+    build,
+    supported,
+)
 from tests.support.places import DEVICE, on_device
 from tests.support.plans import plan_of
 from tests.support.ratios import check_ratios, is_tracked, latest, ratios_of, same_latest
+from tests.support.soak import soaked
 from tests.support.tensors import assign, grads_like, parameters, same, weights
 
+BACKENDS = ("torch", "torch, alone", "triton")
 CASES = [
     (name, mode) for name in EACH_RULE for mode in MODES if supported(name, STATEFUL[name], mode)
 ]
 
 
-@pytest.fixture(params=["torch", "torch, alone", "triton"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both backends; with the torch path small tensors are packed or each in its own block."""
     name, _, alone = request.param.partition(", ")
@@ -81,8 +93,16 @@ def check_run(tracked: Any, plain: Any, every: int, steps: int = 5) -> None:
     assert same([*tracked.state.values()], [*plain.state.values()])
 
 
-@pytest.mark.parametrize("name", EACH_RULE)
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "every", "backend"),
+    soaked(
+        itertools.product(NAMES, (1, 2), BACKENDS),
+        lambda name, every, backend: (
+            name == "AdamW" or (every == 2 and (backend == "torch" or name in EACH_WAY))
+        ),
+    ),
+    indirect=["backend"],
+)
 def test_ratios_of_each_step_that_is_tracked(name: str, every: int, backend: str) -> None:
     check_run(started(name, backend, track_clipping=every), started(name, backend), every)
 

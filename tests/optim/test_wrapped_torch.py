@@ -7,6 +7,7 @@ right one, at every evaluation, and a base of its own, given the same, whether t
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from tests.support.checks import check_clipped
 from tests.support.disk import on_disk
 from tests.support.optimizers import CLIPPING, needs_muon
 from tests.support.places import Place
+from tests.support.soak import soaked
 from tests.support.tensors import FEW_SHAPES, Shape, assign, grad_like, same
 
 
@@ -126,8 +128,14 @@ def check_step(wrapped: AGC, closure: Closure, other: Optimizer, place: Place) -
 
 
 @each_base
-@pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("scheduled", "dtype"),
+    soaked(
+        itertools.product((False, True), (torch.float32, torch.float64)),
+        lambda scheduled, dtype: scheduled is (dtype is torch.float64),
+    ),
+    ids=str,
+)
 def test_it_steps_as_the_base_on_what_the_oracle_clips(
     base: Base, scheduled: bool, dtype: torch.dtype, place: Place
 ) -> None:

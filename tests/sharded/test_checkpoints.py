@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agc_triton import AGC, AdamW_AGC
-from tests.support.optimizers import NAMES, PAIRS, stateful
+from tests.support.optimizers import EACH_WAY, NAMES, PAIRS, stateful
 from tests.support.ranks import on_ranks
 from tests.support.recorded import full
 from tests.support.tensors import same, weight
@@ -23,10 +23,12 @@ FORMS = ("nested", "flattened")
 # Who saved, and who goes on.
 WAYS = ("torch to ours", "ours to torch", "ours to ours")
 CASES = [
-    *itertools.product(NAMES, FORMS[:1], WAYS[:2]),
+    *itertools.product(EACH_WAY, FORMS[:1], WAYS[:1]),
+    *itertools.product(["SGD", "AdamW"], FORMS[:1], WAYS[1:2]),
     *itertools.product(["SGD", "AdamW"], FORMS[1:], WAYS[:2]),
     *itertools.product(["AdamW"], FORMS, WAYS[2:]),
 ]
+LONG = [case for case in itertools.product(NAMES, FORMS, WAYS) if case not in CASES]
 VARIANTS: list[dict[str, bool]] = [
     {},
     {"full_state_dict": True},
@@ -71,11 +73,13 @@ def options_of(form: str) -> Any:
     return StateDictOptions(flatten_optimizer_state_dict=form == "flattened")
 
 
-def on_this_rank(work: Callable[..., Any], folder: str, world: int, _rank: int) -> dict[str, Any]:
+def on_this_rank(
+    work: Callable[..., Any], cases: list[tuple[str, str, str]], folder: str, world: int, _rank: int
+) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (world,))
-    return {str(case): work(mesh, f"{folder}/{'-'.join(case)}", *case) for case in CASES}
+    return {str(case): work(mesh, f"{folder}/{'-'.join(case)}", *case) for case in cases}
 
 
 def saving(mesh: Any, folder: str, name: str, form: str, way: str) -> list[Tensor]:
@@ -120,7 +124,7 @@ def resuming(mesh: Any, folder: str, name: str, form: str, way: str) -> list[Any
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
     """Checkpoints of two ranks, and what each ends with."""
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    work = partial(on_this_rank, saving, folder, 2)
+    work = partial(on_this_rank, saving, CASES, folder, 2)
     return folder, on_ranks(work, tmp_path_factory.mktemp("ranks"), 2)
 
 
@@ -129,8 +133,23 @@ def test_another_number_of_ranks_goes_on(
     saved: tuple[str, list[Any]], world: int, tmp_path: Path
 ) -> None:
     folder, (before, _) = saved
-    for each in on_ranks(partial(on_this_rank, resuming, folder, world), tmp_path, world):
-        for case in CASES:
+    check_resumed(CASES, before, folder, world, tmp_path)
+
+
+@pytest.mark.soak
+def test_every_optimizer_in_every_form(tmp_path: Path) -> None:
+    ranks, checkpoints = tmp_path / "ranks", str(tmp_path / "checkpoints")
+    ranks.mkdir()
+    before, _ = on_ranks(partial(on_this_rank, saving, LONG, checkpoints, 2), ranks, 2)
+    check_resumed(LONG, before, checkpoints, 1, tmp_path)
+
+
+def check_resumed(
+    cases: list[tuple[str, str, str]], before: Any, folder: str, world: int, tmp_path: Path
+) -> None:
+    work = partial(on_this_rank, resuming, cases, folder, world)
+    for each in on_ranks(work, tmp_path, world):
+        for case in cases:
             values, agc_eps = each[str(case)]
             torch.testing.assert_close(values, before[str(case)], rtol=2e-6, atol=2e-6)
             assert agc_eps == (0.25 if case[2].endswith("ours") else None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from agc_triton import AGC, SGD_AGC, adaptive_clip_grad_
 from tests.sharded.test_placements import BACKENDS
-from tests.support.optimizers import NAMES, build, stateful
+from tests.support.optimizers import EACH_WAY, NAMES, build, stateful
 from tests.support.ranks import on_ranks, once_on_ranks
 from tests.support.recorded import Record, again, recorded
 from tests.support.tensors import weight
@@ -118,7 +118,7 @@ SETUPS: dict[str, Callable[[Net, Any], None]] = {
     "FSDP2 over tensor parallel": both,
 }
 CASES = [
-    *itertools.product(["fully_shard"], NAMES, ["torch"]),
+    *itertools.product(["fully_shard"], EACH_WAY, ["torch"]),
     *itertools.product(list(SETUPS)[1:], ["AdamW"], ["torch"]),
     *itertools.product(["FSDP2 over tensor parallel"], ["AdamW"], BACKENDS[1:]),
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 from agc_triton import AGC
 from tests.sharded.test_placements import BACKENDS, MESHES
 from tests.support.optimizers import build, stateful
-from tests.support.ranks import once_on_ranks
+from tests.support.ranks import on_ranks, once_on_ranks
 from tests.support.ratios import RTOL, latest
 from tests.support.tensors import grad_like, weight
 
@@ -25,9 +27,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "wrapped, not clipped": {"clipping": 0},
 }
 CASES = [
-    *itertools.product(["4", "2 x 2"], ["clipped", "not clipped", "wrapped"], BACKENDS),
-    *itertools.product(["4"], ["another unit_dim"], BACKENDS),
-    *itertools.product(["2 x 2"], ["differentiable", "wrapped, not clipped"], ["torch"]),
+    *itertools.product(["4"], ["clipped", "another unit_dim", "wrapped"], BACKENDS),
+    *itertools.product(["2 x 2"], ["clipped"], BACKENDS),
+    *itertools.product(["2 x 2"], ["not clipped", "differentiable", "wrapped"], ["torch"]),
+    *itertools.product(["2 x 2"], ["wrapped, not clipped"], ["torch"]),
+]
+LONG = [
+    (mesh, label, backend)
+    for mesh, label, backend in itertools.product(["4", "2 x 2"], OPTIONS, BACKENDS)
+    if (mesh, label, backend) not in CASES and (label, backend) != ("differentiable", "triton")
 ]
 STEPS = 3
 # One that has no gradient in the last step.
@@ -51,8 +59,8 @@ def trained(params: list[Any], grads: Any, label: str, backend: str) -> Any:
     return optimizer
 
 
-def on_this_rank(rank: int) -> dict[str, Any]:
-    """All cases, one after the other."""
+def on_this_rank(cases: list[tuple[str, str, str]], _rank: int) -> dict[str, Any]:
+    """One after the other."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -69,7 +77,7 @@ def on_this_rank(rank: int) -> dict[str, Any]:
         return found
 
     results = {}
-    for mesh, label, backend in CASES:
+    for mesh, label, backend in cases:
 
         def grads(step: int, mesh: str = mesh) -> list[Any]:
             own = [grad_like(w, 100 * step + i) for i, w in enumerate(weights(mesh))]
@@ -89,11 +97,22 @@ def on_this_rank(rank: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank ends with."""
-    return once_on_ranks(on_this_rank, __name__, tmp_path_factory, 4)
+    return once_on_ranks(partial(on_this_rank, CASES), __name__, tmp_path_factory, 4)
 
 
 @pytest.mark.parametrize(("mesh", "label", "backend"), CASES, ids=str)
 def test_gathered_as_of_one_process(ranks: list[Any], mesh: str, label: str, backend: str) -> None:
+    check_case(ranks, mesh, label, backend)
+
+
+@pytest.mark.soak
+def test_all_options_on_every_mesh(tmp_path: Path) -> None:
+    ranks = on_ranks(partial(on_this_rank, LONG), tmp_path, 4)
+    for case in LONG:
+        check_case(ranks, *case)
+
+
+def check_case(ranks: list[Any], mesh: str, label: str, backend: str) -> None:
     def grads(step: int) -> list[Tensor]:
         return [grad_like(w, 100 * step + i) for i, w in enumerate(weights(mesh))]
 

@@ -13,17 +13,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from filelock import FileLock
 from torch import Tensor
 
 from tests.support.interpreter import interpret_without_gpu
+from tests.support.once import once
 
 RANKS = 2
 TIMEOUT = timedelta(minutes=2)  # where one rank fails and the others wait for it
 
 # Imported once, by the process that all ranks are forked from.
 PRELOAD = ["torch.distributed.fsdp", "examples.train", "examples.train_sharded"]
-PRELOAD += ["tests.support.ranks"]
+# What a first step imports: dynamo for its guards, and the interpreter.
+PRELOAD += ["torch._dynamo", "triton.runtime.interpreter", "tests.support.ranks"]
 
 
 def _run(rank: int, work: Callable[[int], Any], folder: str, ranks: int) -> None:
@@ -55,12 +56,7 @@ def once_on_ranks(
     work: Callable[[int], Any], name: str, factory: pytest.TempPathFactory, ranks: int = RANKS
 ) -> list[Any]:
     """The same for a module's fixture, once for all workers that run its tests."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            on_ranks(work, folder, ranks)
+    folder = once(lambda folder: on_ranks(work, folder, ranks), name, factory)
     return _results(folder, ranks)
 
 

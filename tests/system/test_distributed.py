@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support.optimizers import NAMES, PAIRS, STATEFUL, build
+from tests.support.optimizers import EACH_WAY, NAMES, PAIRS, STATEFUL, build
 from tests.support.places import DEVICE
 from tests.support.ranks import RANKS, once_on_ranks
 from tests.support.tensors import same
@@ -21,7 +21,7 @@ STEPS = 3
 AGC: dict[str, Any] = {"clipping": 0.02}
 # The ranks' parameters are on the CPU, which the kernels take in the interpreter only.
 BACKENDS = ["torch", "triton"] if DEVICE == "cpu" else ["torch"]
-CASES = list(itertools.product(NAMES, BACKENDS))
+CASES = [*itertools.product(NAMES, ["torch"]), *itertools.product(EACH_WAY, BACKENDS[1:])]
 
 
 def data() -> tuple[nn.Module, Tensor]:

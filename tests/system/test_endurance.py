@@ -18,12 +18,20 @@ from agc_triton.triton_path.launches import Launch
 from agc_triton.triton_path.plan import TritonPlan
 from tests.support.optimizers import STATEFUL, build
 from tests.support.places import DEVICE, few_weights
+from tests.support.soak import soaked
 from tests.support.tensors import same
 from tests.support.training import train
 
 # With and without step counts.
 every_name = pytest.mark.parametrize("name", ["SGD", "AdamW"])
 both_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
+by_turns = pytest.mark.parametrize(
+    ("name", "backend"),
+    soaked(
+        [("SGD", "torch"), ("SGD", "triton"), ("AdamW", "torch"), ("AdamW", "triton")],
+        lambda name, backend: (name == "SGD") is (backend == "torch"),
+    ),
+)
 
 
 def make(name: str, params: Any, backend: str) -> Any:
@@ -48,8 +56,7 @@ def census() -> tuple[int, dict[str, int]]:
     return len(objects), counts
 
 
-@both_paths
-@every_name
+@by_turns
 def test_steps_leave_no_objects_behind(name: str, backend: str) -> None:
     params = few_weights()
     optimizer = make(name, params, backend)
@@ -76,8 +83,7 @@ def test_five_thousand_steps_leave_no_objects_behind(name: str, backend: str) ->
     assert after[0] - before[0] < 500
 
 
-@both_paths
-@every_name
+@by_turns
 def test_steps_leave_no_memory_behind(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

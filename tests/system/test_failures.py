@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,21 @@ from tests.support.checks import nothing_changes
 from tests.support.disk import on_disk
 from tests.support.optimizers import EACH_WAY, NAMES, STATEFUL, WAY_CASES, build
 from tests.support.places import DEVICE
+from tests.support.soak import soaked
 from tests.support.tensors import parameters, same, set_grads, weight
 from tests.support.training import on_backend, train, with_states
 
 BACKENDS = ("torch", "triton")
 every_name = pytest.mark.parametrize("name", EACH_WAY)
+NAME_AND_BACKEND = soaked(
+    itertools.product(EACH_WAY, BACKENDS),
+    lambda name, backend: backend == "torch" or name in ("SGD", "AdamW"),
+)
+name_and_backend = pytest.mark.parametrize(("name", "backend"), NAME_AND_BACKEND)
 # Adagrad has its states from the start.
-creating = pytest.mark.parametrize("name", [name for name in EACH_WAY if name != "Adagrad"])
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+creating = pytest.mark.parametrize(
+    ("name", "backend"), [case for case in NAME_AND_BACKEND if case.values[0] != "Adagrad"]
+)
 
 
 class Failing:
@@ -63,7 +71,6 @@ def test_a_kernel_that_does_not_compile_is_named(
 
 
 @pytest.mark.parametrize("call", [1, 2, 4])
-@every_backend
 @creating
 def test_out_of_memory_while_states_are_created(
     name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
@@ -101,7 +108,6 @@ def test_out_of_memory_on_the_torch_path_beside_the_kernels(
     assert len(optimizer.state) == 2
 
 
-@every_backend
 @creating
 def test_a_failure_at_a_later_first_gradient_keeps_the_states_there_are(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -128,9 +134,13 @@ def interrupt(patch: pytest.MonkeyPatch, backend: str, call: int) -> None:
         patch.setattr(agc_triton.triton_path.launches.Launch, "fire", lambda *args: fire(*args))
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
-@every_backend
-@pytest.mark.parametrize("name", EACH_WAY)
+@pytest.mark.parametrize(
+    ("name", "backend", "call"),
+    soaked(
+        itertools.product(EACH_WAY, BACKENDS, (1, 2, 3)),
+        lambda name, backend, call: name == "AdamW" or (call == 2 and backend == "torch"),
+    ),
+)
 def test_after_an_interrupt_a_checkpoint_goes_on_exactly(
     name: str, backend: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +201,7 @@ def test_a_hyperparameter_that_is_none_changes_nothing(name: str) -> None:
     assert same(optimizer.state_dict(), expected.state_dict())
 
 
-@every_backend
-@every_name
+@name_and_backend
 def test_after_an_exception_in_a_closure_the_next_step_is_as_ever(name: str, backend: str) -> None:
     params, others = on_backend(backend), on_backend(backend)
     optimizer, expected = (with_states(name, tensors, backend) for tensors in (params, others))

@@ -20,14 +20,15 @@ import agc_triton.clipping
 from agc_triton import adaptive_clip_grad_
 from agc_triton.triton_path.launches import Launch
 from tests.support.checks import check_clipped
-from tests.support.optimizers import CLIPPING, NAMES, STATEFUL, build
+from tests.support.optimizers import CLIPPING, EACH_WAY, NAMES, STATEFUL, build
 from tests.support.places import DEVICE, few_weights
 from tests.support.plans import bound_args, plan_of
+from tests.support.soak import soaked
 from tests.support.tensors import grad_like, parameters, same, weight
 from tests.support.training import train
 
 THREADS = 2
-every_name = pytest.mark.parametrize("name", NAMES)
+every_name = pytest.mark.parametrize("name", soaked(NAMES, lambda name: name in EACH_WAY))
 both_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 

@@ -21,11 +21,14 @@ from tests.support.checks import check_clipped, oracle_for, states_of
 from tests.support.optimizers import CLIPPING, EACH_WAY, STATEFUL, TRITON, build
 from tests.support.places import DEVICE, KERNELS
 from tests.support.ratios import check_ratios, latest, ratios_of
+from tests.support.soak import soaked
 from tests.support.tensors import TILE_SHAPES, assign, grads_like, same, weights
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu/test_graphs.py captures there")
 
-every_rule = pytest.mark.parametrize("name", EACH_WAY)
+# With steps alone, and with scalars of its own, that go on in a graph.
+ON_DEVICE = ("AdamW", "NAdam")
+every_rule = pytest.mark.parametrize("name", soaked(EACH_WAY, lambda name: name in ON_DEVICE))
 
 
 class Graph:
