@@ -102,7 +102,9 @@ class BlockPlan:
             for role in roles:
                 loose += pick(self.whole, role)
         repeated = bool(self.whole) and _repeated(lists)
-        return Look((_all_whole(group, clip), clip and clip.unit_dim, repeated), fixed, loose, [])
+        # Ratios are of units without a clip too.
+        unit_dim = None if clip is None and records is None else group["unit_dim"]
+        return Look((_all_whole(group, clip), clip is None, unit_dim, repeated), fixed, loose, [])
 
 
 def _all_whole(group: Mapping[str, Any], clip: Clip | None) -> bool:

@@ -258,3 +258,22 @@ def test_on_the_device_that_others_are_on() -> None:
     optimizer.step()
     assert {page.device.type for page in optimizer._recorder.records.pages()} == {"cpu", DEVICE}
     assert [record and record.number for record in latest(optimizer, params)] == [1, 1]
+
+
+@pytest.mark.parametrize("mode", ["default", "foreach"])
+def test_options_that_units_depend_on_change(mode: str) -> None:
+    optimizer = started("RMSprop", "torch", mode, track_clipping=1)
+    plain = started("RMSprop", "torch", mode)
+    params = params_of(optimizer)
+    changes = ({}, {"clipping": 0}, {"unit_dim": -1}, {"clipping": 0.05, "unit_dim": None})
+    for step, change in enumerate(changes, 1):
+        grads, before = grads_like(params, step), [p.clone() for p in params]
+        for each in (optimizer, plain):
+            for group in each.param_groups:
+                group.update(change)
+            assign(params_of(each), copy.deepcopy(grads))
+            each.step()
+        unit_dim = optimizer.param_groups[0]["unit_dim"]
+        for record, p, grad in zip(latest(optimizer, params), before, grads, strict=True):
+            check_ratios(record, ratios_of(p, grad, unit_dim), step)
+    assert same(params, params_of(plain))
