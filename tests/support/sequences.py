@@ -158,7 +158,7 @@ class Loop(Training):
         laid_out = [torch.empty_like(p), *(x for key, x in states.items() if key not in SCALARS)]
         alike = all(x.stride() == p.stride() for x in laid_out)
         fused = alike and group["clipping"] and not group["foreach"]
-        mode = "default" if fused else "not fused"
+        mode = "foreach" if group["foreach"] else "default" if fused else "not fused"
         oracle = oracle_for(self.name, [p], Place(self.backend, self.device), mode, **options)
         oracle.load([value], [state])
         return oracle
