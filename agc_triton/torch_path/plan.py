@@ -102,7 +102,7 @@ class BlockPlan:
             for role in roles:
                 loose += pick(self.whole, role)
         repeated = bool(self.whole) and _repeated(lists)
-        return Look((_all_whole(group, clip), clip and clip.unit_dim, repeated), fixed, loose, [])
+        return Look((_all_whole(group, clip), group["unit_dim"], repeated), fixed, loose, [])
 
 
 def _all_whole(group: Mapping[str, Any], clip: Clip | None) -> bool:
