@@ -51,8 +51,8 @@ def _check_backend(optimizer: Any, backend: str) -> None:
 class AGCOptimizer(ClipTracking, Optimizer):
     """Adaptive gradient clipping in front of a torch.optim class; listed before it in the bases.
 
-    A subclass names its `rule`; where its base has no `_init_group`, as most outside of torch, it
-    says in `_init_states` how states are made (examples/lion.py).
+    A subclass names its ``rule``; where its base has no ``_init_group``, as most outside of torch,
+    it says in ``_init_states`` how states are made (examples/lion.py).
     """
 
     rule: ClassVar[Rule]

@@ -102,9 +102,9 @@ class BlockPlan:
             for role in roles:
                 loose += pick(self.whole, role)
         repeated = bool(self.whole) and _repeated(lists)
-        # Ratios are of units without a clip too.
-        unit_dim = None if clip is None and records is None else group["unit_dim"]
-        return Look((_all_whole(group, clip), clip is None, unit_dim, repeated), fixed, loose, [])
+        # Without a clip too there may be ratios of units.
+        key = _all_whole(group, clip), clip is None, group["unit_dim"], repeated
+        return Look(key, fixed, loose, [])
 
 
 def _all_whole(group: Mapping[str, Any], clip: Clip | None) -> bool:

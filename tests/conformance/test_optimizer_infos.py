@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 from tests.support.checks import oracle_for, step_and_check, tolerance_key
-from tests.support.optimizers import NAMES, PAIRS, build
+from tests.support.optimizers import EACH_WAY, NAMES, PAIRS, build
 from tests.support.oracle import Oracle
 from tests.support.places import KERNELS, on_device
 from tests.support.tensors import grads_like, weights
@@ -33,10 +33,21 @@ STEPS = 2
 UNREACHED: dict[str, Any] = {"clipping": 1e4}  # gradients are at most twenty times their weights
 
 # torch lists capturable for CUDA only; the kernels take it wherever they run.
+CONFIGURATIONS = [
+    (name, given) for name, info in INFOS.items() for given in info.optim_inputs_func(device="cuda")
+]
 INPUTS = [
-    pytest.param(name, given.kwargs, id=f"{name}: {given.desc}")
-    for name, info in INFOS.items()
-    for given in info.optim_inputs_func(device="cuda")
+    pytest.param(name, given.kwargs, id=f"{name}: {given.desc}") for name, given in CONFIGURATIONS
+]
+# The others' flags are in tests/kernels/test_rules.py.
+IN_KERNELS = [
+    pytest.param(
+        name,
+        given.kwargs,
+        id=f"{name}: {given.desc}",
+        marks=() if name in EACH_WAY or given.desc == "default" else pytest.mark.soak,
+    )
+    for name, given in CONFIGURATIONS
 ]
 
 
@@ -50,13 +61,20 @@ def check_steps(oracle: Oracle, optimizer: Optimizer, params: Sequence[Tensor]) 
 @pytest.mark.parametrize(("name", "options"), INPUTS)
 def test_nothing_is_clipped_and_torchs_numbers_come_out(name: str, options: dict[str, Any]) -> None:
     known = {key: value for key, value in options.items() if key != "capturable"}
-    # One float64 oracle that knows no clipping for torch.optim and for both paths.
+    # One float64 oracle that knows no clipping for torch.optim and for the torch path.
     tolerance = TOLERANCES[tolerance_key(torch.float32, name, known, "default")]
-    theirs, ours, kernels = weights(SHAPES), weights(SHAPES), KERNELS.weights(FEW)
+    theirs, ours = weights(SHAPES), weights(SHAPES)
     expected = getattr(torch.optim, name)(theirs, **copy.deepcopy(known))
     check_steps(Oracle(name, theirs, tolerance, **known, clipping=None), expected, theirs)
     optimizer = build(name, ours, copy.deepcopy({**known, **UNREACHED}))
     check_steps(Oracle(name, ours, tolerance, **known, clipping=None), optimizer, ours)
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+@pytest.mark.parametrize(("name", "options"), IN_KERNELS)
+def test_nothing_is_clipped_by_the_kernels(name: str, options: dict[str, Any]) -> None:
+    known = {key: value for key, value in options.items() if key != "capturable"}
+    kernels = KERNELS.weights(FEW)
     given = {**on_device(copy.deepcopy(options)), **UNREACHED, "backend": "triton"}
     oracle = oracle_for(name, kernels, KERNELS, **known, clipping=None)
     check_steps(oracle, build(name, kernels, given), kernels)

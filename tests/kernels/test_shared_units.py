@@ -24,7 +24,6 @@ CASES = [
     ("SGD", "skip_unit", "one part"),
     ("SGD", "skip_unit", "several parts"),
     ("AdamW", "propagate", "several parts"),
-    ("RMSprop", "propagate", "one part"),
 ]
 
 

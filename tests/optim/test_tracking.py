@@ -209,6 +209,19 @@ def test_records_go_on_where_plans_are_made_anew(backend: str) -> None:
     assert [r and r.number for r in latest(optimizer, [params[0], added])] == [3, 3]
 
 
+def test_units_change_where_nothing_is_clipped(backend: str) -> None:
+    params = on_device(weights([(2, 3)])) if backend == "triton" else weights([(2, 3)])
+    options = {"lr": 0.1, "clipping": 0, "track_clipping": 1, "backend": backend}
+    optimizer: Any = build("SGD", params, options)
+    for step, unit_dim in enumerate((None, 1), 1):
+        optimizer.param_groups[0]["unit_dim"] = unit_dim
+        before, grads = [p.clone() for p in params], grads_like(params, step)
+        assign(params, grads)
+        optimizer.step()
+        for record, p, grad in zip(latest(optimizer, params), before, grads, strict=True):
+            check_ratios(record, ratios_of(p, grad, unit_dim), step)
+
+
 def pickled(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))
 
@@ -265,7 +278,12 @@ def test_options_that_units_depend_on_change(mode: str) -> None:
     optimizer = started("RMSprop", "torch", mode, track_clipping=1)
     plain = started("RMSprop", "torch", mode)
     params = params_of(optimizer)
-    changes = ({}, {"clipping": 0}, {"unit_dim": -1}, {"clipping": 0.05, "unit_dim": None})
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"clipping": 0},
+        {"unit_dim": -1},
+        {"clipping": 0.05, "unit_dim": None},
+    )
     for step, change in enumerate(changes, 1):
         grads, before = grads_like(params, step), [p.clone() for p in params]
         for each in (optimizer, plain):

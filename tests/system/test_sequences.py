@@ -48,7 +48,7 @@ def run_on_torch(name: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject
 
 
 @by_turns(NAMES)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_the_torch_path(name: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject) -> None:
     run_on_torch(name, dtypes, data)

@@ -31,7 +31,7 @@ OPTIONS: dict[str, Kwargs] = {
     "AdamW": {"lr": 0.5, "weight_decay": 0.1},
     "RMSprop": {"lr": 0.5, "momentum": 0.9},
     "NAdam": {"lr": 0.5, "weight_decay": 0.1},
-    "Adagrad": {"lr": 0.5, "lr_decay": 0.1},
+    "Adagrad": {"lr": 1.0, "lr_decay": 0.1},  # it multiplies denormals first
 }
 LEAST_SCALE, LARGEST_SCALE = -44, 30  # even powers of ten; fp32's denormals end at the least
 
@@ -52,7 +52,8 @@ def overflows(tensor: Tensor) -> Tensor:
 
 # The interpreter mistakes denormals of bf16, which squares of gradients are.
 SCALED = [
-    *((name, dtype) for name in EACH_WAY for dtype in (torch.float32, torch.float64)),
+    # NAdam multiplies them with numbers that no option makes exact.
+    *((n, dtype) for n in EACH_WAY if n != "NAdam" for dtype in (torch.float32, torch.float64)),
     ("SGD", torch.bfloat16),
 ]
 
@@ -108,12 +109,13 @@ def test_zero_gradients_move_nothing(name: str, place: Place) -> None:
     params = [place.weight((3, 20)), torch.zeros(4, device=place.device)]
     before = [p.clone() for p in params]
     options = {**OPTIONS[name], "weight_decay": 0.0, "backend": place.backend}
-    optimizer = build(name, params, options)
+    optimizer: Any = build(name, params, options)
     for _ in range(2):
         step_with(optimizer, params, [torch.zeros_like(p) for p in params])
     assert same(params, before)
     for state in states_of(optimizer, params):
-        assert not any(x.any() for key, x in state.items() if key != "step")
+        scalars = optimizer.rule.kernel.scalars
+        assert not any(x.any() for key, x in state.items() if key not in scalars)
 
 
 def test_where_a_weight_is_nan_its_units_gradient_is_not_clipped(place: Place) -> None:

@@ -114,6 +114,7 @@ def test_follows_the_oracle(
         oracle.check(params, states_of(optimizer, params))
 
 
+@packed_blocks
 @pytest.mark.parametrize(
     ("name", "label", "mode", "dtype"),
     soaked(
