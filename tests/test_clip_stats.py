@@ -166,7 +166,7 @@ def told(optimizer: Any, params: list[Tensor], scales: list[float]) -> list[str]
 
 
 def watched(**options: Any) -> tuple[list[Tensor], Any]:
-    params = weights([(20, 5), (8,)], device=DEVICE)
+    params = weights([(20, 5), (20, 4)], device=DEVICE)
     groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:], "clipping": 0}]
     return params, SGD_AGC(groups, lr=0.0, clipping=0.05, **options)
 
