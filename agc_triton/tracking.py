@@ -127,7 +127,8 @@ class HostCopy:
         )
         self._units = torch.tensor([member.units for member in page.members], device="cpu")
         self._limits = self._ratios
-        self._event = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        # torch has no types for it.
+        self._event: Any = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
     def start(self, limits: list[float]) -> None:
         """Copy without waiting; ``limits`` are the members' ``clipping``, NaN without any."""
@@ -139,7 +140,7 @@ class HostCopy:
 
     def arrived(self) -> bool:
         """Whether it is there."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._event is None or bool(self._event.query())
 
     def counts(self, number: int) -> tuple[int, int]:
         """How many units the step of this number clipped, and of how many."""
