@@ -88,7 +88,8 @@ class Rule(NamedTuple):
     ``lists.steps`` up by one. ``fused(group, dtype)`` gives torch's fused kernel for CPU tensors of
     one dtype, whose steps have been counted already, or None where it does not do what ``update``
     does. ``kernel`` is the same rule for the Triton path. ``roles`` are the keys of all states that
-    ``update`` may take, in its order; ``sparse`` says that it takes sparse gradients too.
+    ``update`` may take, in its order; ``sparse`` says that it takes sparse gradients too, and
+    ``foreach`` that torch's foreach implementation is the faster of the two without a fused kernel.
     """
 
     update: Callable[..., None]
@@ -96,6 +97,7 @@ class Rule(NamedTuple):
     kernel: KernelRule
     roles: tuple[str, ...] = ()
     sparse: bool = False
+    foreach: bool = False
 
     def lists(
         self,

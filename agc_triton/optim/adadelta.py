@@ -20,7 +20,11 @@ class Adadelta_AGC(AGCOptimizer, Adadelta):
     """torch.optim.Adadelta with adaptive gradient clipping."""
 
     rule = rule_of(
-        adadelta, ("lr", "rho", "eps", "weight_decay"), ("square_avg", "acc_delta"), prepared=5
+        adadelta,
+        ("lr", "rho", "eps", "weight_decay"),
+        ("square_avg", "acc_delta"),
+        prepared=5,
+        foreach=True,
     )
 
     if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors

@@ -20,7 +20,11 @@ class Adamax_AGC(AGCOptimizer, Adamax):
     """torch.optim.Adamax with adaptive gradient clipping."""
 
     rule = rule_of(
-        adamax, ("lr", "betas", "eps", "weight_decay"), ("exp_avg", "exp_inf"), prepared=5
+        adamax,
+        ("lr", "betas", "eps", "weight_decay"),
+        ("exp_avg", "exp_inf"),
+        prepared=5,
+        foreach=True,
     )
 
     if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors

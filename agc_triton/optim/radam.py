@@ -24,6 +24,7 @@ class RAdam_AGC(AGCOptimizer, RAdam):
         ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"),
         ("exp_avg", "exp_avg_sq"),
         prepared=8,
+        foreach=True,
     )
 
     if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Rprop_AGC(AGCOptimizer, Rprop):
     """torch.optim.Rprop with adaptive gradient clipping."""
 
-    rule = rule_of(rprop, ("etas", "step_sizes"), ("prev", "step_size"), prepared=4)
+    rule = rule_of(rprop, ("etas", "step_sizes"), ("prev", "step_size"), prepared=4, foreach=True)
 
     if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
 

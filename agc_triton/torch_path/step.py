@@ -111,7 +111,8 @@ def counted_update(rule: Rule, group: Mapping[str, Any], dtype: torch.dtype) -> 
     update = fused_update(rule, group, dtype)
     if update is not None:
         return Counted(lambda lists: count_steps(lists.steps), update)
-    options = {**group, "fused": False}
+    chosen = group.get("foreach")
+    options = {**group, "fused": False, "foreach": rule.foreach if chosen is None else chosen}
 
     def uncounted(lists: TensorLists) -> None:
         scalars = tuple([scalar.clone() for scalar in role] for role in lists.scalars)
