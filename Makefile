@@ -11,7 +11,9 @@ INTEGRATIONS_INSTALLED := $(INTEGRATIONS)/.installed
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[bench,docs,release,test]'
+	# Python compiles what it imports, a small part of what is installed.
+	$(PYTHON) -m pip install --quiet --no-compile --constraint constraints.txt \
+		--editable '.[bench,docs,release,test]'
 	touch $@
 
 # Trains a small normalizer-free network with and without AGC, then measures a step on NFNet-F0.

@@ -58,9 +58,8 @@ OURS, THEIRS, FLOOR = "AdamW_AGC triton", "torch AdamW fused", "reading addresse
 SHARDED = "AdamW_AGC triton, one of two ranks"
 TRACKED = "AdamW_AGC triton, every step tracked"
 KINDS = ("steady", "changing")
-TURN = 20  # calls of each implementation
-# Consecutive calls of one implementation, by what they do to the caches.
-BLOCKS = {"warm": TURN, "cold": 1}
+TURN = 20  # calls of each implementation, or as many as are asked for
+CACHES = ("warm", "cold")
 
 TENSORS = (30, 100, 233, 600, 1457, 3000)
 GROUPS = (1, 10, 50, 100, 300)
@@ -172,7 +171,7 @@ def measure(
     times = time_in_turns(optimizers, calls)
     found = {key: quantiles(pd.Series(values), "median_us", "us") for key, values in times.items()}
     rows = []
-    for kind, caches, name in product(KINDS, BLOCKS, optimizers):
+    for kind, caches, name in product(KINDS, CACHES, optimizers):
         of_one, of_torch = found[name, kind, caches], found[THEIRS, kind, caches]
         rows.append(
             {
@@ -194,14 +193,17 @@ def time_in_turns(
 
     Everything takes turns, in a new order each time, so that drift of the machine hits all alike.
     """
-    order, settings = random.Random(0), list(product(KINDS, BLOCKS))
+    order, settings = random.Random(0), list(product(KINDS, CACHES))
+    turn = min(TURN, calls)
+    # Consecutive calls of one implementation, by what they do to the caches.
+    blocks = {"warm": turn, "cold": 1}
     times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for _ in range(1 + -(-calls // TURN)):
+    for _ in range(1 + -(-calls // turn)):
         for kind, caches in order.sample(settings, len(settings)):
-            for _ in range(TURN // BLOCKS[caches]):
+            for _ in range(turn // blocks[caches]):
                 for name, optimizer in optimizers.items():
-                    times[name, kind, caches] += time_block(optimizer, kind, BLOCKS[caches])
-    return {key: values[TURN:] for key, values in times.items()}  # the first turn warms up
+                    times[name, kind, caches] += time_block(optimizer, kind, blocks[caches])
+    return {key: values[turn:] for key, values in times.items()}  # the first turn warms up
 
 
 def time_block(optimizer: Optimizer, kind: str, calls: int) -> list[float]:
@@ -223,7 +225,7 @@ def verdicts(table: pd.DataFrame) -> list[str]:
     """
     fixed = {"tensors": table["groups"] == 1, "groups": table["tensors"] == grouped(table)}
     lines = []
-    for (axis, rows), kind, caches in product(fixed.items(), KINDS, BLOCKS):
+    for (axis, rows), kind, caches in product(fixed.items(), KINDS, CACHES):
         for name in (OURS, THEIRS):
             of_name = rows & (table["implementation"] == name)
             line = table[of_name & (table["kind"] == kind) & (table["caches"] == caches)]
