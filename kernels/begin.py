@@ -108,17 +108,19 @@ def _sum_part(
     inverse = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
     p_ptr = row(addresses_ptr, PARAM, n_tensors, tensor, offset, P_DTYPE, VECTOR)
     g_address = tl.load(addresses_ptr + GRAD * n_tensors + tensor)
+    # Without a gradient here there may be one on another rank.
+    g_end = tl.where(g_address != 0, end, 0)
     g_ptr = row(addresses_ptr, GRAD, n_tensors, tensor, offset, G_DTYPE, VECTOR)
     p_squares = tl.zeros((1, COLUMNS), COMPUTE)
     g_squares = tl.zeros((1, COLUMNS), COMPUTE)
     while start < end:
         start = tl.multiple_of(start, VECTOR)
         column = start + tl.arange(0, COLUMNS)[None, :]
-        mask = column < tl.multiple_of(end, VECTOR)
+        p_mask = column < tl.multiple_of(end, VECTOR)
+        g_mask = column < tl.multiple_of(g_end, VECTOR)
         at = element(column, inner, stride, STRIDED)
-        p = tl.load(p_ptr + at, mask=mask, other=0.0).to(COMPUTE)
-        # Without a gradient here there may be one on another rank.
-        g = tl.load(g_ptr + at, mask=mask & (g_address != 0), other=0.0).to(COMPUTE) * inverse
+        p = tl.load(p_ptr + at, mask=p_mask, other=0.0).to(COMPUTE)
+        g = tl.load(g_ptr + at, mask=g_mask, other=0.0).to(COMPUTE) * inverse
         p_squares += p * p
         g_squares += g * g
         start += COLUMNS

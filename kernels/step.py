@@ -185,7 +185,7 @@ def step(
     if SKIP or TRACK:
         record = tl.load(tile_ptr + 3) + tl.arange(0, ROWS)
         # A unit's first tile keeps its record.
-        recorded = (tl.arange(0, ROWS) < units) & (start == 0)
+        recorded = tl.arange(0, ROWS) < tl.where(start == 0, units, 0)
     if TRACK:
         tl.store(ratios_ptr + record, clip_ratio(p_sum, g_sum, agc_eps), mask=recorded)
     factor = (factor * tl.load(prepared_ptr + DIRECTION).to(COMPUTE))[:, None]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("error:optimizer contains a parameter gr
 
 def error_of(make: Callable[[], Any]) -> tuple[type[BaseException], str]:
     """What torch or we raise, warnings included."""
-    with pytest.raises((TypeError, ValueError, RuntimeError, UserWarning)) as caught:
+    with pytest.raises((TypeError, ValueError, RuntimeError, UserWarning, FutureWarning)) as caught:
         make()
     return caught.type, str(caught.value)
 
@@ -93,6 +93,7 @@ TORCHS_ERROR_INPUTS: list[Any] = [
 ]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("cls", "case"), TORCHS_ERROR_INPUTS)
 def test_torchs_own_error_inputs(cls: Any, case: Any) -> None:
     given = case.optimizer_error_input

@@ -87,6 +87,7 @@ ERROR_INPUTS = [
 ]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("name", "case"), ERROR_INPUTS)
 def test_backend_triton_raises_torchs_errors(name: str, case: Any) -> None:
     # backend="auto" is in test_errors.
