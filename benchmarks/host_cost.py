@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -52,6 +52,7 @@ from benchmarks.lib import growth, plots
 from benchmarks.lib.arguments import check_file, parser_of, positive
 from benchmarks.lib.machine import cpu_name, timestamp
 from benchmarks.lib.rows import quantiles, write
+from benchmarks.lib.sharding import placed
 from benchmarks.lib.versions import triton_version
 
 OURS, THEIRS, FLOOR = "AdamW_AGC triton", "torch AdamW fused", "reading addresses only"
@@ -115,8 +116,7 @@ def two_ranks() -> Iterator[DeviceMesh]:
 def shared(mesh: DeviceMesh, tensors: int) -> list[Parameter]:
     """Parameters of which 64 elements lie here: some rows, or a part of one unit."""
     whole = [torch.randn((16, 8) if i % 2 else (128,)) for i in range(tensors)]
-    placed = (distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) for t in whole)
-    return list(map(Parameter, placed))
+    return [Parameter(placed(t, mesh, [Shard(0)])) for t in whole]
 
 
 def plain(tensors: int) -> list[Parameter]:

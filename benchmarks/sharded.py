@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
@@ -34,6 +34,7 @@ from agc_triton import AdamW_AGC
 from benchmarks.lib.arguments import add_device, check_file, parser_of, positive
 from benchmarks.lib.machine import cores, device_name, timestamp
 from benchmarks.lib.rows import quantiles, write
+from benchmarks.lib.sharding import placed
 from benchmarks.lib.workloads import Workload, model_names, random_workload, workload_of
 
 OURS, UNSHARDED = "AdamW_AGC", "AdamW_AGC, unsharded"
@@ -48,10 +49,7 @@ COLUMNS = [
 
 def sharded(tensors: Sequence[Tensor], mesh: DeviceMesh) -> list[DTensor]:
     """What each rank has all of, along dimension 0; scalars as fully_shard wants them."""
-    return [
-        distribute_tensor(t.reshape(t.shape or (1,)), mesh, [Shard(0)], src_data_rank=None)
-        for t in tensors
-    ]
+    return [placed(t.reshape(t.shape or (1,)), mesh, [Shard(0)]) for t in tensors]
 
 
 def optimizers(work: Workload, mesh: DeviceMesh) -> dict[str, Optimizer]:

@@ -37,6 +37,17 @@ class Adagrad_AGC(AGCOptimizer, Adagrad):
 
     rule = rule_of(adagrad, _KEYS, ("sum",), prepared=3, fused=_fused, sparse=True)
 
+    def _init_states(self, group: dict[str, Any]) -> None:
+        # Where torch does so in the constructor only (2.6), what is added later would have none.
+        start = self.defaults["initial_accumulator_value"]
+        for p in group["params"]:
+            if p.grad is not None and not self.state[p]:
+                value = complex(start, start) if p.is_complex() else start
+                device = p.device if group["fused"] else "cpu"
+                step = torch.zeros((), dtype=torch.float32, device=device)
+                self.state[p] = {"step": step, "sum": torch.full_like(p, value)}
+        super()._init_states(group)
+
     if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors
 
         def __init__(

@@ -19,12 +19,11 @@ SHAPES = [(4, 6), (2, 6), (5,)]
 
 def distributed(mesh: Any, tensors: list[Tensor]) -> list[Any]:
     """Along the units, across them, and one unit that both ranks share."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Shard
 
-    return [
-        distribute_tensor(t, mesh, [Shard(dim)], src_data_rank=None)
-        for t, dim in zip(tensors, (0, 1, 0), strict=True)
-    ]
+    from benchmarks.lib.sharding import placed
+
+    return [placed(t, mesh, [Shard(dim)]) for t, dim in zip(tensors, (0, 1, 0), strict=True)]
 
 
 def weights() -> list[Tensor]:

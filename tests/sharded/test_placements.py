@@ -90,7 +90,9 @@ def without_grad(step: int, i: int) -> bool:
 def on_this_rank(cases: list[tuple[str, str, int, str]], rank: int) -> dict[str, Any]:
     """All cases, one after the other."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
+
+    from benchmarks.lib.sharding import placed
 
     two_by_two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     meshes = {"2": two_by_two["b"], "4": init_device_mesh("cpu", (4,)), "2 x 2": two_by_two}
@@ -99,8 +101,7 @@ def on_this_rank(cases: list[tuple[str, str, int, str]], rank: int) -> dict[str,
         found: list[Tensor] = []
         for tensor, (_, dims) in zip(tensors, chosen(mesh, mode), strict=True):
             placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
-            # From what every rank has, without communication.
-            found.append(distribute_tensor(tensor, meshes[mesh], placements, src_data_rank=None))
+            found.append(placed(tensor, meshes[mesh], placements))
         return found
 
     here = [case for case in cases if rank < 2 or case[0] != "2"]

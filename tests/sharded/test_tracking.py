@@ -62,7 +62,9 @@ def trained(params: list[Any], grads: Any, label: str, backend: str) -> Any:
 def on_this_rank(cases: list[tuple[str, str, str]], _rank: int) -> dict[str, Any]:
     """One after the other."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
+
+    from benchmarks.lib.sharding import placed
 
     meshes = {
         "4": init_device_mesh("cpu", (4,)),
@@ -73,7 +75,7 @@ def on_this_rank(cases: list[tuple[str, str, str]], _rank: int) -> dict[str, Any
         found = []
         for tensor, (_, dims) in zip(tensors, MESHES[mesh], strict=True):
             placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
-            found.append(distribute_tensor(tensor, meshes[mesh], placements, src_data_rank=None))
+            found.append(placed(tensor, meshes[mesh], placements))
         return found
 
     results = {}

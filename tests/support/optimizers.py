@@ -143,6 +143,19 @@ def takes(name: str, argument: str) -> bool:
     return argument in inspect.signature(TORCHS[name]).parameters
 
 
+def takes_more_later(name: str) -> bool:
+    """Whether torch's class steps what is added after its construction; Adagrad did not in 2.6."""
+    first, second = (torch.ones(2, requires_grad=True) for _ in range(2))
+    optimizer = TORCHS[name]([first])
+    optimizer.add_param_group({"params": [second]})
+    second.grad = torch.ones_like(second)
+    try:
+        optimizer.step()
+    except KeyError:
+        return False
+    return True
+
+
 def supported(name: str, options: Kwargs, mode: str) -> bool:
     """Whether torch.optim takes this combination."""
     if not takes(name, "fused") and "fused" in mode:

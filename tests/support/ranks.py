@@ -66,6 +66,8 @@ def _results(folder: Path, ranks: int) -> list[Any]:
 
 def shared(mesh: Any, tensors: Sequence[Tensor]) -> list[Any]:
     """Of tensors that every rank has, DTensors that are sharded along their last dimension."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Shard
 
-    return [distribute_tensor(t, mesh, [Shard(t.dim() - 1)], src_data_rank=None) for t in tensors]
+    from benchmarks.lib.sharding import placed
+
+    return [placed(t, mesh, [Shard(t.dim() - 1)]) for t in tensors]

@@ -26,6 +26,10 @@ from tests.support.plans import plan_of
 from tests.support.soak import soaked
 from tests.support.tensors import TILE_SHAPES, assign, grads_like, same
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(Tensor, "grad_dtype"), reason="before torch 2.10 there is no grad_dtype"
+)
+
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 # Of the parameter and of its gradient: wider, narrower, and as wide.
@@ -42,8 +46,7 @@ def leaves(
     """Weights whose gradients may have another dtype."""
     found = place.weights(shapes, dtype)
     for param in found:
-        if hasattr(param, "grad_dtype"):  # torch 2.10 or later asks for it
-            param.requires_grad_().grad_dtype = grad_dtype
+        param.requires_grad_().grad_dtype = grad_dtype
     return found
 
 
@@ -110,8 +113,7 @@ def test_a_plan_sees_that_gradients_have_another_dtype(place: Place) -> None:
     for seed, dtype in enumerate((f32, bf16, bf16, f32, f64)):
         for param in params:
             param.grad = None
-            if hasattr(param, "grad_dtype"):
-                param.grad_dtype = dtype
+            param.grad_dtype = dtype
         step_and_check(optimizer, oracle, params, grads_of(params, seed, dtype))
 
 
