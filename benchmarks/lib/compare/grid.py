@@ -88,7 +88,7 @@ _SHORT = Part(
     epochs=6,
     images=20480,
 )
-_SHORT_CNN = replace(_SHORT, models=("cnn",), seeds=2)
+_SHORT_CNN = replace(_SHORT, models=("cnn",))
 _SHORT_RESNET = replace(_SHORT, models=("nf_resnet",), pixels=14)
 _TRANSFORMER = Part(
     models=("transformer",),
