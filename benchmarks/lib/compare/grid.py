@@ -88,7 +88,7 @@ _SHORT = Part(
     epochs=6,
     images=20480,
 )
-_SHORT_CNN = replace(_SHORT, models=("cnn",))
+_SHORT_CNN = replace(_SHORT, models=("cnn",), seeds=2)
 _SHORT_RESNET = replace(_SHORT, models=("nf_resnet",), pixels=14)
 _TRANSFORMER = Part(
     models=("transformer",),
@@ -115,6 +115,9 @@ GRIDS = {
         # Where runs with the same settings end far apart.
         replace(_SHORT_CNN, optimizers=("sgd",), batches=(1024, 4096), seeds=3),
         replace(_SHORT_RESNET, optimizers=("sgd",), batches=(4096,), seeds=3),
+        # Where none of the three rates trained without AGC.
+        replace(_SHORT_CNN, optimizers=("sgd",), batches=(1024,), lrs=(0.0125, 0.05), seeds=3),
+        replace(_SHORT_CNN, optimizers=("sgd",), batches=(4096,), lrs=(0.025, 0.1), seeds=3),
     ),
     "fashion-gpu": (
         Part(
