@@ -29,6 +29,7 @@ extensions = [
 root_doc = "README"
 exclude_patterns = [".*", "build", "dist"]
 include_patterns = ["*.md", "docs/*.md", "benchmarks/results/README.md"]
+include_patterns += ["benchmarks/results/*/fashion/comparison.md"]
 nitpicky = True
 # Other packages' pages are not fetched.
 nitpick_ignore_regex = [("py:.*", r"(?!agc_triton).*"), ("std:ref", "accelerators")]
@@ -58,6 +59,7 @@ docs/differences
 docs/benchmarks
 docs/comparison
 benchmarks/results/README
+benchmarks/results/intel-xeon-2-threads/fashion/comparison
 docs/architecture
 docs/coverage
 docs/mutations
