@@ -65,7 +65,7 @@ def markdown(table: pd.DataFrame) -> str:
     for setting, cases in table.groupby(SETTING):
         clippings = sorted(cases["clipping"].unique())
         names = ["optimizer", "batch", *map(clipping_name, clippings)]
-        lines = [f"### {title(setting)}", "", _line(names), _line(["---"] * len(names))]
+        lines = [f"## {title(setting)}", "", _line(names), _line(["---"] * len(names))]
         order = cases["optimizer"].map([*MIDDLE_LR].index).argsort(kind="stable")
         pairs = cases.iloc[order].groupby(["optimizer", "batch"], sort=False)
         for (optimizer, batch), of_case in pairs:

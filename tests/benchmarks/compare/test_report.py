@@ -82,7 +82,7 @@ def test_runs_that_are_not_over_are_left_out(rows: pd.DataFrame) -> None:
 
 def test_the_table_has_a_column_per_clipping(rows: pd.DataFrame) -> None:
     text = summary.markdown(summary.by_lr(summary.finished(rows)))
-    assert "### cnn on digits, 160 images, 3 epochs, float32" in text
+    assert "## cnn on digits, 160 images, 3 epochs, float32" in text.splitlines()
     assert "| optimizer | batch | no AGC | AGC 0.04 |" in text
     cells = "81.0 ± 1.4 (lr 0.1); 2 of 4 | 92.0 ± 2.8 (lr 0.4); 0 of 4"
     assert f"| sgd | 64 | {cells} |" in text
