@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from benchmarks.lib.versions import our_version
+
 ROOT = Path(__file__).parents[2]
 FAULTS = ROOT / "tests" / "meta" / "faults.csv"
 REPORT = ROOT / "docs" / "mutations.md"
@@ -32,9 +34,9 @@ HEADER = """\
 
 `make mutations` (or `python -m tests.meta.mutations`) plants each fault below alone in a copy of
 the tree, runs the tests named beside it in `tests/meta/faults.csv`, and writes this table. Those
-tests pass without a fault. All {count} faults are found; the last column is the first test that
-failed. The kernels run in Triton's interpreter where there is no GPU: faults that only a GPU could
-show (alignment promises, races, graph replays) are not among them.
+tests pass without a fault. At {version} all {count} faults were found; the last column is the first
+test that failed. The kernels run in Triton's interpreter where there is no GPU: faults that only a
+GPU could show (alignment promises, races, graph replays) are not among them.
 
 """
 
@@ -132,7 +134,8 @@ def report(table: pd.DataFrame) -> str:
     table["killer"] = table["killer"].str.removeprefix("tests/")
     table["file"], table["killer"] = "`" + table["file"] + "`", "`" + table["killer"] + "`"
     rows = [["fault", "file", "found by"], ["---"] * 3, *table.to_numpy().tolist()]
-    return HEADER.format(count=len(table)) + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    header = HEADER.format(version=our_version(), count=len(table))
+    return header + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def main() -> None:
