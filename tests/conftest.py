@@ -34,10 +34,9 @@ collect_ignore = [
     for path, modules in NEEDED.items()
     if not all(importlib.util.find_spec(m) for m in modules)
 ]
+# Without it fully_shard does not train on a CPU: torch 2.6.
 if not hasattr(torch.cpu.Stream, "record_event") and not torch.cuda.is_available():
-    collect_ignore.append(
-        "sharded"
-    )  # fully_shard needs it: torch 2.6 has no such training on a CPU
+    collect_ignore.append("sharded")
 try:
     import torch.testing._internal.common_optimizers  # fails in torch 2.6 beside Triton from 3.3 on
 except ImportError:
