@@ -25,6 +25,7 @@ class NAdam_AGC(AGCOptimizer, NAdam):
         ("exp_avg", "exp_avg_sq"),
         prepared=9,
         scalars=("step", "mu_product"),
+        foreach=True,
     )
 
     if TYPE_CHECKING:  # torch's arguments and ours, for type checkers and editors

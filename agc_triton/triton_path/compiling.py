@@ -62,7 +62,8 @@ class Kernel(NamedTuple):
 
 def prefetch(shape: TileShape) -> int:
     """Chunks of state asked for before the norms are reduced; none where registers would spill."""
-    return 0 if shape.split or shape.rows > 1 else 1
+    # Beside five chunks it would save AdamW 0.2% on an H200, and make other rules spill.
+    return 0 if shape.split or shape.rows > 1 or shape.chunks > 4 else 1
 
 
 class Target(NamedTuple):

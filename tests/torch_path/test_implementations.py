@@ -29,5 +29,5 @@ def test_foreach_where_it_is_the_faster_one_unless_told_otherwise(
     weight = nn.Parameter(torch.ones(4, 3, device="cpu"))
     weight.grad = torch.ones_like(weight)
     OPTIMIZERS[name]([weight], clipping=CLIPPING, foreach=foreach).step()
-    faster = name in ("Adadelta", "Adamax", "RAdam", "Rprop")
+    faster = name in ("Adadelta", "Adamax", "NAdam", "RAdam", "Rprop")
     assert called == {"multi" if faster and foreach is None else "single"}

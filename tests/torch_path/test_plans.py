@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import reductions
 from torch.nn import Parameter
 
+from agc_triton.optim import OPTIMIZERS
 from agc_triton.torch_path.plan import BlockPlan
 from tests.support.optimizers import ADAMW, NAMES, STATEFUL, build
 from tests.support.tensors import parameters, weight
@@ -117,11 +118,12 @@ def test_no_gradient_is_kept(layout: str) -> None:
 
 
 def both(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """An AGC class that clips nothing and torch's own."""
+    """An AGC class that clips nothing and torch's own, as that has it updated."""
     options = STATEFUL[name]
+    foreach = OPTIMIZERS[name].rule.foreach or None
     return (
         lambda params: build(name, params, {**options, "clipping": 1e6}),
-        lambda params: getattr(torch.optim, name)(params, **options),
+        lambda params: getattr(torch.optim, name)(params, **options, foreach=foreach),
     )
 
 
