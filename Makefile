@@ -9,6 +9,9 @@ INTEGRATIONS_INSTALLED := $(INTEGRATIONS)/.installed
 .PHONY: bench build coverage demo docs lint mutations picture soak test test-gpu test-integrations types
 .DEFAULT_GOAL := test
 
+# The tests start many processes: each would compile all that it imports again.
+unexport PYTHONDONTWRITEBYTECODE
+
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	python3 -m venv $(VENV)
 	# Python compiles what it imports, a small part of what is installed.
