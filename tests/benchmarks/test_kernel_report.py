@@ -122,12 +122,18 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return asked
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "AdamW-amsgrad"])  # one, two, three states
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "models"),
+    [
+        ("SGD", "bf16", ["resnet50"]),
+        ("AdamW", "fp32", MODELS),
+        ("AdamW-amsgrad", "bf16", ["vit_base_patch16_224"]),
+    ],  # of one, two and three states
+)
 def test_a_row_per_bucket_of_every_model(
-    optimizer: str, dtype: str, nothing_compiled: list[tuple[Any, ...]]
+    optimizer: str, dtype: str, models: list[str], nothing_compiled: list[tuple[Any, ...]]
 ) -> None:
-    table = kernel_report.report(MODELS, [optimizer], [dtype], ["80", "90"])
+    table = kernel_report.report(models, [optimizer], [dtype], ["80", "90"])
     kernel, itemsize = kernel_of(optimizer, DTYPES[dtype]), DTYPES[dtype].itemsize
     for (model, _), rows in table.groupby(["model", "arch"]):
         plan = plan_model(model, DTYPES[dtype], kernel.states)
@@ -140,7 +146,7 @@ def test_a_row_per_bucket_of_every_model(
         for gpu, terabytes in BANDWIDTH.items():
             predicted = pytest.approx(moved / terabytes / 1e9)
             assert rows[f"predicted_ms_{gpu}"].tolist() == [predicted] * len(rows)
-    assert set(table["model"]) == set(MODELS)
+    assert set(table["model"]) == set(models)
     assert (table["loads_per_element"] == 2 + kernel.states).all()
     assert (table["stores_per_element"] == 1 + kernel.states).all()
     assert table["load_bits"].str.endswith(" 1x7").all()
@@ -153,7 +159,7 @@ def test_a_row_per_bucket_of_every_model(
     assert {asked[1] for asked in nothing_compiled} == {kernel}
 
     summary = kernel_report.summary(table)
-    assert len(summary) == 2 * len(MODELS)
+    assert len(summary) == 2 * len(models)
     assert set(summary["worst_spill_bytes"]) == {8}
     assert set(summary["tracked_spill_bytes"]) == {4}
 
@@ -181,12 +187,12 @@ from benchmarks.lib.compiled import resident_warps, step_code, target_of
 def shape_of(length, itemsize, states):
     return ideal_shape(TensorUnits(UnitLayout(1, 1, 2, length), True, 0), itemsize, states)
 
-# Units whose kernels spilled once: 16 warps of three chunks beside three states, 16-bit tiles.
+# Units whose kernels spilled once: 16 warps of three chunks beside three states, 16-bit tiles,
+# five chunks.
 for optimizer, length, dtype, arch in (
     ("AdamW-amsgrad", 6144, torch.float32, "90"),
-    ("RMSprop-centered-momentum", 6144, torch.float32, "90"),
-    ("AdamW-amsgrad", 1 << 20, torch.bfloat16, "80"),
     ("AdamW", 1 << 20, torch.bfloat16, "80"),
+    ("Adamax", 2304, torch.float32, "80"),
 ):
     kernel = kernel_of(optimizer, dtype)
     shape = shape_of(length, dtype.itemsize, kernel.states)
@@ -264,7 +270,7 @@ def compiled() -> dict[str, list[list[str]]]:
 
 
 def test_what_spilled_does_not_any_more(compiled: dict[str, list[list[str]]]) -> None:
-    assert len(compiled["spills"]) == 4
+    assert len(compiled["spills"]) == 3
     for spill_bytes, warps, loads, stores in compiled["spills"]:
         assert int(spill_bytes) <= 8
         assert int(warps) >= 32

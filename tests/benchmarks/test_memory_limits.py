@@ -74,8 +74,11 @@ def test_a_reason_is_given_where_memory_is_short() -> None:
     assert why_not(9.5 * GIB, CPU) == "it needs 9.5 GiB, over 90% of the 10.0 GiB free"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [*((name, torch.float32) for name in OPTIMIZERS), ("adamw", torch.bfloat16)],
+    ids=str,
+)
 def test_as_much_as_a_measurement_holds_and_not_much_more(
     optimizer: str, dtype: torch.dtype
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from examples import train as example
 from tests.benchmarks.data_files import random_images, write_idx
 from tests.support.optimizers import EACH_WAY
-from tests.support.ranks import PRELOAD, on_ranks
+from tests.support.ranks import apart, on_ranks
 from tests.support.soak import soaked
 from tests.support.tensors import same
 
@@ -100,11 +99,7 @@ def test_it_is_killed_and_goes_on_to_the_same_bits(tmp_path: Path, updates: list
     trained([*given, str(tmp_path / "whole")])
     assert updates == [0, 1, 2] * 3
     cut = [*given, str(tmp_path / "cut")]
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    process = multiprocessing.get_context("forkserver").Process(target=killed, args=(3, cut))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert apart(killed, 3, cut) == -signal.SIGKILL
     updates.clear()
     # How images are decoded is no matter to the numbers.
     trained([*cut, "--workers", "1"])

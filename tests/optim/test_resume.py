@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor
 from tests.support.interpreter import interpret_without_gpu
 from tests.support.optimizers import EACH_WAY, NAMES, build, stateful
 from tests.support.places import PLACES, Place, label
+from tests.support.ranks import apart
 from tests.support.soak import soaked
 from tests.support.tensors import FEW_SHAPES, same, set_grads
 
@@ -88,7 +87,7 @@ def in_another_process(file: Path) -> Any:
         run.train(range(STOP))
         checkpoints[case] = run.saved()
     torch.save(checkpoints, file)
-    subprocess.run([sys.executable, "-m", "tests.optim.test_resume", str(file)], check=True)
+    assert apart(go_on, file) == 0
     return torch.load(file, weights_only=True)
 
 
@@ -131,7 +130,3 @@ def test_the_order_of_the_parameters_changes_no_bit(
 
     first, *others = map(run, ((0, 1, 2), (1, 2, 0), (2, 1, 0)))
     assert all(same(other, first) for other in others)
-
-
-if __name__ == "__main__":
-    go_on(Path(sys.argv[1]))

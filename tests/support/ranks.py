@@ -1,4 +1,4 @@
-"""Functions run on several ranks of gloo."""
+"""Functions run in other processes, and on several ranks of gloo."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ def _run(rank: int, work: Callable[[int], Any], folder: str, ranks: int) -> None
     dist.destroy_process_group()
     # All is saved; at the interpreter's own exit one of torch's threads may abort it.
     os._exit(0)
+
+
+def apart(work: Callable[..., Any], *given: Any) -> int | None:
+    """The exit status of another process that runs a function of a module."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=given)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def on_ranks(work: Callable[[int], Any], folder: Path, ranks: int = RANKS) -> list[Any]:
