@@ -14,7 +14,7 @@ from torch.optim import SGD, Adagrad, Optimizer
 
 from agc_triton import adaptive_clip_grad_
 from tests.support.disk import on_disk
-from tests.support.optimizers import NAMES, OURS, PAIRS, STATEFUL, TORCHS
+from tests.support.optimizers import NAMES, OURS, PAIRS, STATEFUL, TORCHS, takes
 from tests.support.soak import soaked
 from tests.support.tensors import parameters, same, set_grads
 from tests.support.training import train
@@ -53,6 +53,7 @@ CASES = [
     (TORCHS[name], options)
     for name in NAMES
     for options in [{}, *OPTIONS.get(name, [{**STATEFUL[name], "lr": LR, "foreach": True}])]
+    if takes(name, *options)
 ]
 
 

@@ -34,6 +34,11 @@ ADAMW: Kwargs = {"lr": 0.5, "weight_decay": 0.1}
 MOMENTUM: Kwargs = {"lr": 0.5, "momentum": 0.9, "dampening": 0.4}
 
 
+def takes(name: str, *arguments: str) -> bool:
+    """Whether torch's class has these arguments."""
+    return inspect.signature(TORCHS[name]).parameters.keys() >= set(arguments)
+
+
 def _adam(tensor: Callable[[Any], Tensor]) -> dict[str, Kwargs]:
     return {
         "amsgrad": {"lr": 0.5, "weight_decay": 0.1, "amsgrad": True},
@@ -99,7 +104,10 @@ STEPS = {"RAdam": 6}
 
 
 def options(name: str, device: str = "cpu") -> dict[str, Kwargs]:
-    """By label, all that an optimizer's rule depends on; tensors are made anew on ``device``."""
+    """By label, all that an optimizer's rule depends on; tensors are made anew on ``device``.
+
+    What this torch's class does not take is left out: Adam's decoupled_weight_decay in 2.6.
+    """
 
     def tensor(value: Any) -> Tensor:
         return torch.tensor(value, device=device)
@@ -112,7 +120,8 @@ def options(name: str, device: str = "cpu") -> dict[str, Kwargs]:
         "maximize": {"lr": 0.5, **decay, "maximize": True},
         "Tensor lr": {"lr": tensor(0.5), **decay},
     }
-    return {**common, **OWN[name](tensor)}
+    labelled = {**common, **OWN[name](tensor)}
+    return {label: given for label, given in labelled.items() if takes(name, *given)}
 
 
 # For what does not depend on the rule: every state there is.
@@ -136,11 +145,6 @@ MODES: dict[str, Kwargs] = {
     "not fused": {"fused": False},
     "differentiable": {"differentiable": True},
 }
-
-
-def takes(name: str, argument: str) -> bool:
-    """Whether torch's class has an argument."""
-    return argument in inspect.signature(TORCHS[name]).parameters
 
 
 def takes_more_later(name: str) -> bool:
