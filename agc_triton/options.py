@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
+
+from agc_triton.units import UnitDim
 
 AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
 
 # What holds for all groups of an optimizer.
 OF_OPTIMIZERS = ("backend", "nonfinite")
+
+
+class AGCOptions(TypedDict, total=False):
+    """What AGC optimizers take beside torch's arguments; `AGCOptimizer` has the defaults."""
+
+    clipping: float | None
+    agc_eps: float
+    unit_dim: UnitDim
+    backend: str
+    nonfinite: str
+    track_clipping: int
+
 
 # Above what "eps", "clip" or "gradient_clipping" reach, under "agc_epsilon".
 _NEAR = 0.75

@@ -15,8 +15,9 @@ from agc_triton.rule import TensorLists, Update, number
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
-    from agc_triton.units import UnitDim
+    from agc_triton.options import AGCOptions
 
 _KEYS = ("lr", "lr_decay", "eps", "weight_decay")
 
@@ -63,10 +64,5 @@ class Adagrad_AGC(AGCOptimizer, Adagrad):
             maximize: bool = False,
             differentiable: bool = False,
             fused: bool | None = None,
-            clipping: float | None = 1e-2,
-            agc_eps: float = 1e-3,
-            unit_dim: UnitDim = None,
-            backend: str = "auto",
-            nonfinite: str = "propagate",
-            track_clipping: int = 0,
+            **ours: Unpack[AGCOptions],
         ) -> None: ...

@@ -16,8 +16,9 @@ from agc_triton.rule import KernelRule, Rule, TensorLists, Update, number
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
-    from agc_triton.units import UnitDim
+    from agc_triton.options import AGCOptions
 
 _ROLES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _NUMBERS = ("lr", "betas", "eps", "weight_decay")
@@ -79,10 +80,5 @@ class Adam_AGC(AGCOptimizer, Adam):
             differentiable: bool = False,
             fused: bool | None = None,
             decoupled_weight_decay: bool = False,
-            clipping: float | None = 1e-2,
-            agc_eps: float = 1e-3,
-            unit_dim: UnitDim = None,
-            backend: str = "auto",
-            nonfinite: str = "propagate",
-            track_clipping: int = 0,
+            **ours: Unpack[AGCOptions],
         ) -> None: ...

@@ -15,8 +15,9 @@ from agc_triton.rule import Batches
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
-    from agc_triton.units import UnitDim
+    from agc_triton.options import AGCOptions
 
 
 def _decoupled(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,12 +51,7 @@ class AdamW_AGC(AGCOptimizer, AdamW):
             capturable: bool = False,
             differentiable: bool = False,
             fused: bool | None = None,
-            clipping: float | None = 1e-2,
-            agc_eps: float = 1e-3,
-            unit_dim: UnitDim = None,
-            backend: str = "auto",
-            nonfinite: str = "propagate",
-            track_clipping: int = 0,
+            **ours: Unpack[AGCOptions],
         ) -> None: ...
 
     def _batches(self, group: dict[str, Any]) -> Batches:

@@ -12,8 +12,9 @@ from agc_triton.optim.optimizer import AGCOptimizer
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
-    from agc_triton.units import UnitDim
+    from agc_triton.options import AGCOptions
 
 
 class NAdam_AGC(AGCOptimizer, NAdam):
@@ -44,10 +45,5 @@ class NAdam_AGC(AGCOptimizer, NAdam):
             maximize: bool = False,
             capturable: bool = False,
             differentiable: bool = False,
-            clipping: float | None = 1e-2,
-            agc_eps: float = 1e-3,
-            unit_dim: UnitDim = None,
-            backend: str = "auto",
-            nonfinite: str = "propagate",
-            track_clipping: int = 0,
+            **ours: Unpack[AGCOptions],
         ) -> None: ...

@@ -17,8 +17,9 @@ from agc_triton.rule import KernelRule, Rule, TensorLists, Update, number
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
-    from agc_triton.units import UnitDim
+    from agc_triton.options import AGCOptions
 
 _INFINITY = torch.tensor(math.inf, device="cpu")
 
@@ -109,11 +110,5 @@ class RMSprop_AGC(AGCOptimizer, RMSprop):
             foreach: bool | None = None,
             maximize: bool = False,
             differentiable: bool = False,
-            *,
-            clipping: float | None = 1e-2,
-            agc_eps: float = 1e-3,
-            unit_dim: UnitDim = None,
-            backend: str = "auto",
-            nonfinite: str = "propagate",
-            track_clipping: int = 0,
+            **ours: Unpack[AGCOptions],
         ) -> None: ...

@@ -14,8 +14,9 @@ from agc_triton.rule import number
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
-    from agc_triton.units import UnitDim
+    from agc_triton.options import AGCOptions
 
 
 class Rprop_AGC(AGCOptimizer, Rprop):
@@ -36,12 +37,7 @@ class Rprop_AGC(AGCOptimizer, Rprop):
             foreach: bool | None = None,
             maximize: bool = False,
             differentiable: bool = False,
-            clipping: float | None = 1e-2,
-            agc_eps: float = 1e-3,
-            unit_dim: UnitDim = None,
-            backend: str = "auto",
-            nonfinite: str = "propagate",
-            track_clipping: int = 0,
+            **ours: Unpack[AGCOptions],
         ) -> None: ...
 
     def _init_states(self, group: dict[str, Any]) -> None:

@@ -15,8 +15,9 @@ from agc_triton.rule import Batches, KernelRule, Rule, TensorLists, Update, numb
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
-    from agc_triton.units import UnitDim
+    from agc_triton.options import AGCOptions
 
 _NUMBERS = ("weight_decay", "momentum", "lr", "dampening")
 _SGD = updating(sgd, (*_NUMBERS, "nesterov"))
@@ -78,12 +79,7 @@ class SGD_AGC(AGCOptimizer, SGD):
             foreach: bool | None = None,
             differentiable: bool = False,
             fused: bool | None = None,
-            clipping: float | None = 1e-2,
-            agc_eps: float = 1e-3,
-            unit_dim: UnitDim = None,
-            backend: str = "auto",
-            nonfinite: str = "propagate",
-            track_clipping: int = 0,
+            **ours: Unpack[AGCOptions],
         ) -> None: ...
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 import agc_triton
+from agc_triton.optim.optimizer import AGCOptimizer
+from agc_triton.options import AGCOptions
 from tests.support.optimizers import NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +80,17 @@ def test_what_checkers_are_told_is_what_the_classes_take(name: str) -> None:
         told[argument.arg] = inspect.Parameter.empty
         if default is not None:
             told[argument.arg] = ast.literal_eval(default)
+    (*_, ours) = ast.unparse(args).split(", ")
+    assert ours == "**ours: Unpack[AGCOptions]"
     taken = inspect.signature(cls).parameters
-    assert told == {key: parameter.default for key, parameter in taken.items()}
-    by_name = {key for key, parameter in taken.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    theirs = {key: taken[key] for key in taken.keys() - AGCOptions.__annotations__.keys()}
+    assert told == {key: parameter.default for key, parameter in theirs.items()}
+    by_name = {key for key, parameter in theirs.items() if parameter.kind is parameter.KEYWORD_ONLY}
     assert by_name == {argument.arg for argument in args.kwonlyargs}
+
+
+def test_checkers_are_told_of_all_options() -> None:
+    taken = inspect.signature(AGCOptimizer).parameters.values()
+    ours = {p.name: p.annotation for p in taken if p.kind is p.KEYWORD_ONLY}
+    told = AGCOptions.__annotations__
+    assert {key: hint.__forward_arg__ for key, hint in told.items()} == ours
