@@ -222,7 +222,7 @@ def _in_registers(length: int, columns: int, itemsize: int, warps: int, states: 
         fits = chunks <= MAX_CHUNKS_3_STATES[itemsize]
         return fits and (itemsize, warps, chunks) not in SPILLING_3_STATES
     if (itemsize, states, chunks) == (2, 2, 3):
-        # It spills 24 to 56 bytes, which pays only where two chunks of twice the warps would leave
+        # It spills 24 to 64 bytes, which pays only where two chunks of twice the warps would leave
         # more than a third of themselves empty (H200: ResNet-50 121 -> 112 us, but F0 267 -> 273).
         return warps < MAX_WARPS and length < 8 / 3 * columns
     return chunks <= MAX_CHUNKS[itemsize] and (itemsize, warps, chunks) not in SPILLING
