@@ -1,4 +1,7 @@
-"""Adam with adaptive gradient clipping, and what AdamW shares with it."""
+"""Adam with adaptive gradient clipping, and what AdamW shares with it.
+
+More than a rule and a class, as torch has fused CPU kernels for the two, and amsgrad a third state.
+"""
 
 from __future__ import annotations
 

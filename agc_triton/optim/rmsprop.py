@@ -1,4 +1,7 @@
-"""RMSprop with adaptive gradient clipping."""
+"""RMSprop with adaptive gradient clipping.
+
+More than a rule and a class, as its fused update is put together from torch's for Adam and SGD.
+"""
 
 from __future__ import annotations
 

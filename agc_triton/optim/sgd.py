@@ -1,4 +1,7 @@
-"""SGD with adaptive gradient clipping."""
+"""SGD with adaptive gradient clipping.
+
+More than a rule and a class, as torch has a fused CPU kernel, and starts momentum as a gradient.
+"""
 
 from __future__ import annotations
 
