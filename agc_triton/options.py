@@ -14,7 +14,7 @@ AGC_OPTIONS = ("clipping", "agc_eps", "unit_dim")
 OF_OPTIMIZERS = ("backend", "nonfinite")
 
 
-class AGCOptions(TypedDict, total=False):
+class AGCArguments(TypedDict, total=False):
     """What AGC optimizers take beside torch's arguments; `AGCOptimizer` has the defaults."""
 
     clipping: float | None

@@ -36,8 +36,10 @@ class Layouts:
     def fit(self, tensors: Sequence[Any]) -> bool:
         """Whether each of these has its shape, strides, dtype and device, and no lazy bits.
 
-        None and sparse tensors never do.
+        None and sparse tensors never do, nor do more or fewer than there were.
         """
+        if len(tensors) != len(self.kinds):  # the guards would raise
+            return False
         if self._guards is not None and self._guards.check(*tensors):
             return True
         try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 _KEYS = ("lr", "lr_decay", "eps", "weight_decay")
 
@@ -64,5 +64,5 @@ class Adagrad_AGC(AGCOptimizer, Adagrad):
             maximize: bool = False,
             differentiable: bool = False,
             fused: bool | None = None,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 _ROLES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _NUMBERS = ("lr", "betas", "eps", "weight_decay")
@@ -83,5 +83,5 @@ class Adam_AGC(AGCOptimizer, Adam):
             differentiable: bool = False,
             fused: bool | None = None,
             decoupled_weight_decay: bool = False,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...

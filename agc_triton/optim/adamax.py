@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 
 class Adamax_AGC(AGCOptimizer, Adamax):
@@ -42,5 +42,5 @@ class Adamax_AGC(AGCOptimizer, Adamax):
             maximize: bool = False,
             differentiable: bool = False,
             capturable: bool = False,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 
 def _decoupled(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class AdamW_AGC(AGCOptimizer, AdamW):
             capturable: bool = False,
             differentiable: bool = False,
             fused: bool | None = None,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...
 
     def _batches(self, group: dict[str, Any]) -> Batches:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 
 class ASGD_AGC(AGCOptimizer, ASGD):
@@ -42,5 +42,5 @@ class ASGD_AGC(AGCOptimizer, ASGD):
             maximize: bool = False,
             differentiable: bool = False,
             capturable: bool = False,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...

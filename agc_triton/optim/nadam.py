@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 
 class NAdam_AGC(AGCOptimizer, NAdam):
@@ -45,5 +45,5 @@ class NAdam_AGC(AGCOptimizer, NAdam):
             maximize: bool = False,
             capturable: bool = False,
             differentiable: bool = False,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 
 class RAdam_AGC(AGCOptimizer, RAdam):
@@ -43,5 +43,5 @@ class RAdam_AGC(AGCOptimizer, RAdam):
             maximize: bool = False,
             capturable: bool = False,
             differentiable: bool = False,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 _INFINITY = torch.tensor(math.inf, device="cpu")
 
@@ -113,5 +113,5 @@ class RMSprop_AGC(AGCOptimizer, RMSprop):
             foreach: bool | None = None,
             maximize: bool = False,
             differentiable: bool = False,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...

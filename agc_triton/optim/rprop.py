@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 
 class Rprop_AGC(AGCOptimizer, Rprop):
@@ -37,7 +37,7 @@ class Rprop_AGC(AGCOptimizer, Rprop):
             foreach: bool | None = None,
             maximize: bool = False,
             differentiable: bool = False,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...
 
     def _init_states(self, group: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from agc_triton.options import AGCOptions
+    from agc_triton.options import AGCArguments
 
 _NUMBERS = ("weight_decay", "momentum", "lr", "dampening")
 _SGD = updating(sgd, (*_NUMBERS, "nesterov"))
@@ -82,7 +82,7 @@ class SGD_AGC(AGCOptimizer, SGD):
             foreach: bool | None = None,
             differentiable: bool = False,
             fused: bool | None = None,
-            **ours: Unpack[AGCOptions],
+            **ours: Unpack[AGCArguments],
         ) -> None: ...
 
     def __setstate__(self, state: dict[str, Any]) -> None:

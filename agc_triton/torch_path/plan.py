@@ -103,7 +103,7 @@ class BlockPlan:
                 loose += pick(self.whole, role)
         repeated = bool(self.whole) and _repeated(lists)
         # Without a clip too there may be ratios of units.
-        key = _all_whole(group, clip), clip is None, group["unit_dim"], repeated
+        key = _all_whole(group, clip), group["unit_dim"], repeated
         return Look(key, fixed, loose, [])
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import agc_triton
 from agc_triton.optim.optimizer import AGCOptimizer
-from agc_triton.options import AGCOptions
+from agc_triton.options import AGCArguments
 from tests.support.optimizers import NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -81,9 +81,9 @@ def test_what_checkers_are_told_is_what_the_classes_take(name: str) -> None:
         if default is not None:
             told[argument.arg] = ast.literal_eval(default)
     (*_, ours) = ast.unparse(args).split(", ")
-    assert ours == "**ours: Unpack[AGCOptions]"
+    assert ours == "**ours: Unpack[AGCArguments]"
     taken = inspect.signature(cls).parameters
-    theirs = {key: taken[key] for key in taken.keys() - AGCOptions.__annotations__.keys()}
+    theirs = {key: taken[key] for key in taken.keys() - AGCArguments.__annotations__.keys()}
     assert told == {key: parameter.default for key, parameter in theirs.items()}
     by_name = {key for key, parameter in theirs.items() if parameter.kind is parameter.KEYWORD_ONLY}
     assert by_name == {argument.arg for argument in args.kwonlyargs}
@@ -92,5 +92,5 @@ def test_what_checkers_are_told_is_what_the_classes_take(name: str) -> None:
 def test_checkers_are_told_of_all_options() -> None:
     taken = inspect.signature(AGCOptimizer).parameters.values()
     ours = {p.name: p.annotation for p in taken if p.kind is p.KEYWORD_ONLY}
-    told = AGCOptions.__annotations__
+    told = AGCArguments.__annotations__
     assert {key: hint.__forward_arg__ for key, hint in told.items()} == ours

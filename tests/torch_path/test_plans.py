@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from agc_triton.optim import OPTIMIZERS
 from agc_triton.torch_path.plan import BlockPlan
-from tests.support.optimizers import ADAMW, NAMES, STATEFUL, build
+from tests.support.optimizers import ADAMW, NAMES, STATEFUL, TORCHS, build
 from tests.support.tensors import parameters, weight
 from tests.support.training import Training, train
 
@@ -124,6 +124,32 @@ def both(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     return (
         lambda params: build(name, params, {**options, "clipping": 1e6}),
         lambda params: getattr(torch.optim, name)(params, **options, foreach=foreach),
+    )
+
+
+NO_LONGER: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0, "nesterov": False},
+    "AdamW": {"amsgrad": False},
+    "RMSprop": {"momentum": 0},
+}
+
+
+@pytest.mark.parametrize("mode", ["default", "foreach", "not clipped"])
+@pytest.mark.parametrize("name", NO_LONGER)
+def test_a_state_is_no_longer_used(name: str, mode: str) -> None:
+    options = {**STATEFUL[name], "foreach": True if mode == "foreach" else None}
+    clipping = 0 if mode == "not clipped" else 1e6
+
+    def run(make: Callable[..., Any], **ours: Any) -> list[Tensor]:
+        params = parameters([(4, 3), (4,)])
+        optimizer = make(params, **options, **ours)
+        train(optimizer, params, range(2))
+        optimizer.param_groups[0].update(NO_LONGER[name])
+        train(optimizer, params, range(2, 4))
+        return [p.detach() for p in params]
+
+    torch.testing.assert_close(
+        run(OPTIMIZERS[name], clipping=clipping, backend="torch"), run(TORCHS[name])
     )
 
 
